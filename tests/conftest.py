@@ -1,0 +1,36 @@
+"""What holds in every test: eight CPU devices, strict ranks, one compilation cache.
+
+cached_tx must not be imported here: pytest reads this file before the hook that checks
+the types of its arrays is in place.
+"""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+# In the environment, so that processes started by a test have them too.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+os.environ.setdefault("MPLBACKEND", "agg")
+
+import hypothesis
+import jax
+import pytest
+
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+hypothesis.settings.register_profile(
+  "repeatable", derandomize=True, deadline=None, max_examples=25, database=None
+)
+hypothesis.settings.load_profile("repeatable")
+
+
+@pytest.fixture
+def x64() -> Iterator[None]:
+  """Arrays default to 64 bits in the test that asks for this."""
+  with jax.enable_x64(True):
+    yield
