@@ -9,9 +9,11 @@ import cached_tx
 
 ROOT = Path(__file__).parents[1]
 
-# One letter stands in brackets, or this file would name them.
+# A path that starts here, not in the middle of another. One letter stands in brackets,
+# or this file would name what it looks for.
+START = r"(?<![\w.])"
 FORBIDDEN = (
-  r"(?<![\w.])/(?:roo[t]|hom[e]/\w+|User[s]/\w+)/",
+  START + r"/(?:roo[t]|hom[e]/\w+|User[s]/\w+)/",
   r"--(?:extra-)?inde[x]-url",
   r"--truste[d]-host",
   r"pyp[i]\.org",
@@ -40,9 +42,8 @@ def tracked() -> list[Path]:
 
 def forbidden(text: str) -> list[str]:
   """What a text names of one machine or of a package index."""
-  patterns = [*FORBIDDEN, re.escape(f"{ROOT}/")]
-  if Path.home() != Path("/"):
-    patterns.append(re.escape(f"{Path.home()}/"))
+  here = [START + re.escape(f"{folder}/") for folder in {ROOT, Path.home()}]
+  patterns = [*FORBIDDEN, *(p for p in here if p != START + "//")]
   return [match.group() for p in patterns for match in re.finditer(p, text)]
 
 
