@@ -1,12 +1,12 @@
 """Tokens kept in a cache folder and mapped into memory."""
 
-import os
 import tempfile
 from pathlib import Path
 
 import numpy as np
 
 from cached_tx.data.sources.base import Documents
+from cached_tx.data.sources.files import settle
 from cached_tx.data.streams import Tokens, begins, encode
 from cached_tx.data.tokenizers import Tokenizer
 
@@ -36,12 +36,3 @@ def _write(folder: Path, documents: Documents, tokenizer: Tokenizer, dtype):
         lengths.append(len(ids))
     np.save(made / "begins.npy", begins(lengths))
     settle(made, folder)
-
-
-def settle(made: Path, folder: Path):
-  """Renames `made` to `folder`, unless another process was there first."""
-  try:
-    os.rename(made, folder)
-  except OSError:
-    if not folder.is_dir():
-      raise

@@ -48,19 +48,21 @@ class Bytes:
   bos = 256
 
   def encode(self, text: bytes) -> Encoded:
+    """Returns the bytes as ids."""
     return np.frombuffer(text, np.uint8).astype(np.int32)
 
   def decode(self, ids: Ids) -> bytes:
+    """Returns the bytes, without BOS."""
     ids = np.asarray(ids)
     return ids[ids < 256].astype(np.uint8).tobytes()
 
 
 class Words:
-  """Whitespace-separated words, and <eos> for each newline, as WikiText-103 has it.
+  r"""Whitespace-separated words, and <eos> for each newline, as WikiText-103 has it.
 
   Ids are ordered by falling frequency, then by the bytes of the word; BOS is the
   last. A word outside the vocabulary becomes <unk>. decode gives back a text in the
-  form of the WikiText files (" word word \\n" for each line) whose words are all in
+  form of the WikiText files (" word word \n" for each line) whose words are all in
   the vocabulary; other whitespace becomes one space.
   """
 
@@ -97,6 +99,7 @@ class Words:
     Path(path).write_bytes(b"".join(word + b"\n" for word in self.words))
 
   def encode(self, text: bytes) -> Encoded:
+    """Returns the ids of the words, with <eos> for each newline."""
     unk, eos = self._ids[self.unk], self._ids[self.eos]
     ids = []
     *lines, rest = text.split(b"\n")
@@ -107,6 +110,7 @@ class Words:
     return np.array(ids, np.int32)
 
   def decode(self, ids: Ids) -> bytes:
+    """Returns the words as WikiText writes them; BOS is left out."""
     eos = self._ids[self.eos]
     parts = []
     for i in np.asarray(ids):
@@ -124,7 +128,7 @@ def _words(vocab: str, corpus: Iterable[bytes] | None) -> Words:
       "documents of the training split to build one from"
     )
   folder = getattr(corpus, "cache", None)
-  kept = folder / "words.txt" if folder else None
+  kept = folder / f"{corpus.label}_words.txt".replace(" ", "_") if folder else None
   if kept is not None and kept.exists():
     return Words.from_file(kept)
   words = Words.from_corpus(corpus)

@@ -16,6 +16,7 @@ class Piece(NamedTuple):
   end: int
 
   def read(self) -> bytes:
+    """Returns the bytes."""
     with open(self.file, "rb") as f:
       f.seek(self.begin)
       data = f.read(self.end - self.begin)
@@ -51,3 +52,12 @@ def whole(file: Path) -> Piece:
 def from_pieces(label: str, pieces: list[Piece]) -> Documents:
   """Returns one document per piece."""
   return Documents(label, len(pieces), lambda i: pieces[i].read())
+
+
+def settle(made: Path, folder: Path):
+  """Renames `made` to `folder`, unless another process was there first."""
+  try:
+    os.rename(made, folder)
+  except OSError:
+    if not folder.is_dir():
+      raise

@@ -6,6 +6,7 @@ over all splits, are the bytes of the file.
 """
 
 import functools
+import itertools
 import lzma
 import re
 from importlib import resources
@@ -31,7 +32,7 @@ def _ranges(split: str) -> list[tuple[int, int]]:
   begin, end = byte_ranges(len(text), lambda cut: text.index(b"\n", cut - 1) + 1)[split]
   books = [m.start() for m in _BOOK.finditer(text) if begin < m.start() < end]
   edges = [begin, *books, end]
-  return list(zip(edges[:-1], edges[1:], strict=True))
+  return list(itertools.pairwise(edges))
 
 
 def load(split: str, path: str, cache: str) -> Documents:

@@ -1,0 +1,1 @@
+"""TFDS builders of local files, without TensorFlow and without any download."""
