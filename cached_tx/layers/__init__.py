@@ -1,0 +1,43 @@
+"""Attention layers that own a memory, and what stands around them in a block.
+
+A new attention is one file of this folder and one line of `READERS`: memories name
+the reader that they need (memory/base.py).
+"""
+
+from typing import Any
+
+from cached_tx.layers.base import MemoryAttention
+from cached_tx.layers.block import Block
+from cached_tx.layers.clock import Stream
+from cached_tx.layers.gated import GatedAttention, GatedState
+from cached_tx.layers.mlp import MLP
+from cached_tx.layers.slots import SlotAttention
+from cached_tx.layers.sums import SumsAttention
+from cached_tx.memory import MemoryModule
+
+READERS: dict[str, type[MemoryAttention]] = {
+  "slots": SlotAttention,
+  "gated": GatedAttention,
+  "sums": SumsAttention,
+}
+
+
+def attention_for(memory: MemoryModule, **options: Any) -> MemoryAttention:
+  """The attention layer that reads `memory`; options as of `MemoryAttention`."""
+  layer = READERS[memory.reader](memory=memory, **options)
+  layer.check()
+  return layer
+
+
+__all__ = [
+  "MLP",
+  "READERS",
+  "Block",
+  "GatedAttention",
+  "GatedState",
+  "MemoryAttention",
+  "SlotAttention",
+  "Stream",
+  "SumsAttention",
+  "attention_for",
+]

@@ -1,0 +1,150 @@
+"""The clock of memories that change every C tokens, whatever the calls bring.
+
+A module with a clock offers two methods:
+
+  read(queries, index, tokens, starts, memory, deterministic) -> pytree of arrays B Q ...
+    what the queries, standing at `index` among the C tokens of their segment, find
+    in the memory and in the tokens up to their own. None: all C, in order;
+  fold(tokens, starts, memory) -> (memory, losses)
+    the memory after the whole segment.
+
+A boundary state is the memory itself; it takes whole segments without padding, all at
+once. A `Stream` also carries the unfinished segment; it takes any number of tokens, of
+any rows at any phase, one after the other, and gives the same results.
+"""
+
+from typing import Any, NamedTuple, Protocol
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from cached_tx.types import DType, Hidden, Index, Losses, Mask, Segment, State
+
+
+class Stream(NamedTuple):
+  """A memory and the segment that is being filled. Leaves lead with B."""
+
+  memory: State
+  tokens: Float[Array, "B C D"]  # the layer's inputs since the clock last struck
+  starts: Bool[Array, "B C"]
+  phase: Index  # how many of them there are, below C; int32
+
+
+class Clocked(Protocol):
+  """A module that `run` can drive."""
+
+  segment: int
+
+  def read(
+    self,
+    queries: Any,
+    index: Any,
+    tokens: Any,
+    starts: Any,
+    memory: State,
+    deterministic: bool,
+  ) -> Any:
+    """What the queries find."""
+
+  def fold(self, tokens: Any, starts: Any, memory: State) -> tuple[State, Losses]:
+    """The memory after the segment."""
+
+
+def open_stream(
+  memory: State, batch: int, segment: int, width: int, dtype: DType
+) -> Stream:
+  """A stream at the boundary of a segment."""
+  return Stream(
+    memory,
+    jnp.zeros((batch, segment, width), dtype),
+    jnp.zeros((batch, segment), bool),
+    jnp.zeros((batch,), jnp.int32),
+  )
+
+
+def run(
+  module: Clocked, x: Hidden, state: State, segment: Segment, deterministic: bool
+) -> tuple[Any, State, Losses]:
+  """Reads and folds the tokens of a call.
+
+  Returns:
+    What `read` gives for every token, the state afterwards, of the type it had, and
+    the losses of the segments that were finished.
+
+  Raises:
+    ValueError: if a boundary state gets anything but one whole segment of real tokens.
+  """
+  if isinstance(state, Stream):
+    return _run_stream(module, x, state, segment, deterministic)
+  if segment.valid is not None or x.shape[1] != module.segment:
+    padded = "with a mask of padding" if segment.valid is not None else "without"
+    raise ValueError(
+      f"{x.shape[1]} tokens {padded} meet a state at a segment's boundary, which takes "
+      f"exactly {module.segment} tokens without padding: pass "
+      "`open_stream(state)` instead of `state`, or change segment"
+    )
+  out = module.read(x, None, x, segment.starts, state, deterministic)
+  memory, losses = module.fold(x, segment.starts, state)
+  return out, memory, losses
+
+
+def _where(rows: Bool[Array, "B"], new: Any, old: Any) -> Any:
+  """`new` where `rows`, else `old`, over all leaves, which lead with B."""
+
+  def pick(a, b):
+    return jnp.where(rows.reshape(rows.shape + (1,) * (a.ndim - 1)), a, b)
+
+  return jax.tree.map(pick, new, old)
+
+
+def _run_stream(
+  module: Any, x: Hidden, state: Stream, segment: Segment, deterministic: bool
+) -> tuple[Any, Stream, Losses]:
+  """One token after the other."""
+  C = module.segment
+  starts = segment.starts
+  valid = jnp.ones_like(starts) if segment.valid is None else segment.valid
+  x = jnp.where(valid[..., None], x, 0)
+
+  def token(module, stream, now):
+    x, start, valid = now  # B D, B, B
+    here = (jnp.arange(C)[None] == stream.phase[:, None]) & valid[:, None]
+    x = x[:, None].astype(stream.tokens.dtype)  # B 1 D
+    tokens = jnp.where(here[..., None], x, stream.tokens)
+    begun = stream.starts | (here & start[:, None])
+    index = stream.phase[:, None]
+    out = module.read(x, index, tokens, begun, stream.memory, deterministic)
+    out = _where(valid, out, jax.tree.map(jnp.zeros_like, out))
+    phase = stream.phase + valid
+    full = phase == C
+
+    def strike(module, memory):
+      new, losses = module.fold(tokens, begun, memory)
+      kept = _where(full, new, memory)
+      return kept, jax.tree.map(lambda a: jnp.where(full, a, 0), losses)
+
+    def wait(module, memory):
+      shapes = jax.eval_shape(lambda: strike(module, memory)[1])
+      return memory, jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
+
+    memory, losses = nn.cond(full.any(), strike, wait, module, stream.memory)
+    clear = full[:, None]
+    stream = Stream(
+      memory,
+      jnp.where(clear[..., None], 0, tokens),
+      begun & ~clear,
+      jnp.where(full, 0, phase),
+    )
+    return stream, (jax.tree.map(lambda a: a[:, 0], out), losses)
+
+  scan = nn.scan(
+    token,
+    variable_broadcast="params",
+    split_rngs={"params": False, "dropout": True},
+    in_axes=1,
+    out_axes=(1, 0),
+  )
+  state, (out, losses) = scan(module, state, (x, starts & valid, valid))
+  return out, state, jax.tree.map(lambda a: a.sum(axis=0), losses)

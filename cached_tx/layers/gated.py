@@ -1,0 +1,130 @@
+"""An attention and a gated cache beside it."""
+
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from cached_tx.layers import clock
+from cached_tx.layers.base import MemoryAttention
+from cached_tx.layers.projections import ToHeads
+from cached_tx.layers.slots import SlotAttention
+from cached_tx.memory import NoMemory
+from cached_tx.ops.attention import softmax_attention
+from cached_tx.ops.documents import document_ids
+from cached_tx.types import Heads, Hidden, Losses, Segment, State
+
+
+class GatedState(NamedTuple):
+  """The state of the cache and of the attention that it stands beside."""
+
+  cache: State
+  inner: State
+
+
+class GatedAttention(MemoryAttention):
+  """Blends, head by head, an attention and one over a cache (equations 1 to 3).
+
+  o = sigmoid(lambda) o_mem + (1 - sigmoid(lambda)) o_self, lambda starting at 0.
+  A token whose document has left nothing in the cache yet gets o_self alone. The
+  cache has D_m channels; o_mem fills the first D_m / H channels of every head.
+
+  Attributes:
+    inner: gives o_self; another attention layer, of the same width, heads and
+      segment. None: attention within the segment.
+  """
+
+  inner: MemoryAttention | None = None
+
+  @nn.nowrap
+  def _inner(self) -> MemoryAttention:
+    if self.inner is not None:
+      return self.inner
+    return SlotAttention(
+      width=self.width,
+      heads=self.heads,
+      memory=NoMemory(parent=None),
+      segment=self.segment,
+      positions=self.positions,
+      dropout=self.dropout,
+      dtype=self.dtype,
+      parent=None,
+    )
+
+  def setup(self) -> None:
+    """Makes the projections of the memory branch."""
+    heads = (self.heads, self.memory.channels(self.width) // self.heads)
+    self.memory_query = ToHeads(*heads, self.dtype)
+    self.memory_key = ToHeads(*heads, self.dtype)
+    self.memory_value = ToHeads(*heads, self.dtype)
+    init = nn.with_logical_partitioning(nn.initializers.zeros, ("heads",))
+    self.gate = self.param("gate", init, (self.heads,))  # lambda
+    self.own = self._inner()
+
+  @nn.nowrap
+  def initial_state(self, batch: int) -> GatedState:
+    """The empty memory of `batch` rows, at the boundary of a segment."""
+    return GatedState(
+      super().initial_state(batch), self._inner().initial_state(batch)
+    )
+
+  @nn.nowrap
+  def open_stream(self, state: GatedState, batch: int) -> GatedState:
+    """The state that takes any number of tokens, from one at a boundary."""
+    return GatedState(
+      super().open_stream(state.cache, batch),
+      self._inner().open_stream(state.inner, batch),
+    )
+
+  @nn.nowrap
+  def mix(
+    self,
+    x: Hidden,
+    state: GatedState,
+    segment: Segment,
+    draw: Any,
+    deterministic: bool,
+  ) -> tuple[Heads, GatedState, Losses]:
+    """Attends; returns heads before the output projection."""
+    own, inner, losses = self.own.mix(x, state.inner, segment, draw, deterministic)
+    (found, gate), cache, more = clock.run(self, x, state.cache, segment, deterministic)
+    pad = own.shape[-1] - found.shape[-1]
+    found = jnp.pad(found, ((0, 0), (0, 0), (0, 0), (0, pad)))
+    heads = gate[..., None] * found + (1 - gate[..., None]) * own
+    return heads, GatedState(cache, inner), losses | more
+
+  def read(
+    self,
+    queries: Hidden,
+    index: Int[Array, "#B Q"] | None,
+    tokens: Float[Array, "B C D"],
+    starts: Bool[Array, "B C"],
+    memory: State,
+    deterministic: bool,
+  ) -> tuple[Heads, Float[Array, "B L H"]]:
+    """What each query finds in the cache, and how much of it to take."""
+    del tokens, deterministic
+    documents = document_ids(starts)
+    if index is not None:
+      documents = jnp.take_along_axis(documents, index, axis=1)
+    slots = self.memory.slots(memory)
+    values = slots.values.astype(self.dtype)
+    width = values.shape[-1]
+    q = self.memory_query(queries[..., :width])
+    found = softmax_attention(
+      q * q.shape[-1] ** -0.5,
+      self.memory_key(values),
+      self.memory_value(values),
+      slots.valid[:, None],
+    )
+    seen = slots.valid.any(axis=1)[:, None] & (documents == 0)  # B L
+    gate = jnp.where(seen[..., None], nn.sigmoid(self.gate)[None, None], 0)
+    return found, gate.astype(self.dtype)
+
+  def fold(
+    self, tokens: Float[Array, "B C D"], starts: Bool[Array, "B C"], memory: State
+  ) -> tuple[State, Losses]:
+    """The cache after the segment."""
+    update = self.memory(tokens, starts, memory)
+    return update.state, dict(update.losses)

@@ -1,0 +1,61 @@
+"""Linear maps between a layer's width and its heads."""
+
+from collections.abc import Sequence
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from cached_tx.types import DType, Heads, Hidden
+
+
+def kernel_init(scale: float, inputs: int, names: Sequence[str | None]):
+  """Normal of variance scale / fan-in, the first `inputs` axes being the fan-in."""
+
+  def init(key, shape, dtype):
+    fan_in = 1
+    for size in shape[:inputs]:
+      fan_in *= size
+    return jax.random.normal(key, shape, dtype) * (scale / fan_in) ** 0.5
+
+  return nn.with_logical_partitioning(init, tuple(names))
+
+
+class ToHeads(nn.Module):
+  """x W, split into heads; no bias. `frozen` passes gradients to x, none to W."""
+
+  heads: int
+  head_width: int
+  dtype: DType = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "B S D"], frozen: bool = False) -> Heads:
+    """Returns B S H K."""
+    kernel = self.param(
+      "kernel",
+      kernel_init(1.0, 1, ("embed", "heads", "head_width")),
+      (x.shape[-1], self.heads, self.head_width),
+      jnp.float32,
+    ).astype(self.dtype)
+    kernel = jax.lax.stop_gradient(kernel) if frozen else kernel
+    return jnp.einsum("bsd,dhk->bshk", x.astype(self.dtype), kernel)
+
+
+class FromHeads(nn.Module):
+  """Joins the heads and maps them to the width of the layer; no bias."""
+
+  width: int
+  scale: float = 1.0
+  dtype: DType = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: Heads) -> Hidden:
+    """Returns B L D."""
+    kernel = self.param(
+      "kernel",
+      kernel_init(self.scale, 2, ("heads", "head_width", "embed")),
+      (x.shape[-2], x.shape[-1], self.width),
+      jnp.float32,
+    ).astype(self.dtype)
+    return jnp.einsum("blhk,hkd->bld", x.astype(self.dtype), kernel)

@@ -1,0 +1,82 @@
+"""Linear attention over running sums."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+
+from cached_tx.layers.base import MemoryAttention
+from cached_tx.layers.projections import ToHeads
+from cached_tx.memory import FavorState
+from cached_tx.ops.favor import favor_attention
+from cached_tx.ops.positions import rotate
+from cached_tx.types import Heads, Hidden, Index, Losses, Segment
+
+
+def positions_in_document(
+  segment: Segment, before: Index
+) -> tuple[Int[Array, "B L"], Index]:
+  """Place of each token in its document (int32, wrapping), and the count afterwards.
+
+  Args:
+    segment: padding is not counted and gets the place of the next real token.
+    before: tokens of the row's document before this call.
+  """
+  starts, valid = segment
+  real = jnp.ones_like(starts) if valid is None else valid
+  seen = jnp.cumsum(real, axis=1, dtype=jnp.int32)  # this token included
+  latest = jnp.where(starts & real, seen, 0)  # its number, where a document starts
+  latest = jax.lax.cummax(latest, axis=1)
+  place = seen - jnp.where(latest > 0, latest, 1 - before[:, None])
+  return place, seen[:, -1] - jnp.where(latest[:, -1] > 0, latest[:, -1] - 1, -before)
+
+
+class SumsAttention(MemoryAttention):
+  """FAVOR+ over the whole document, whatever calls it comes in.
+
+  Positions are rotary, turned before the feature map, or none. There are no weights
+  to drop: dropout acts on the output alone.
+  """
+
+  @nn.nowrap
+  def check(self) -> None:
+    """Raises ValueError, naming the config key, where the settings do not fit."""
+    super().check()
+    if self.positions == "relative":
+      raise ValueError(
+        "model.positions is 'relative', which adds a term to every pair of query and "
+        "key; running sums form no pairs: set model.positions to rotary or none"
+      )
+
+  def setup(self) -> None:
+    """Makes the projections."""
+    heads = (self.heads, self.head_width)
+    self.query = ToHeads(*heads, self.dtype)
+    self.key = ToHeads(*heads, self.dtype)
+    self.value = ToHeads(*heads, self.dtype)
+
+  @nn.nowrap
+  def mix(
+    self,
+    x: Hidden,
+    state: FavorState,
+    segment: Segment,
+    draw: Any,
+    deterministic: bool,
+  ) -> tuple[Heads, FavorState, Losses]:
+    """Attends; returns heads before the output projection."""
+    del deterministic
+    if segment.valid is not None:
+      x = jnp.where(segment.valid[..., None], x, 0)
+    draw = self.draw(0) if draw is None else draw
+    q, k, v = self.query(x), self.key(x), self.value(x)
+    place, position = positions_in_document(segment, state.position)
+    if self.positions == "rotary":
+      q, k = rotate(q, place), rotate(k, place)
+    scale = self.head_width**-0.25
+    out, sums = favor_attention(
+      q * scale, k * scale, v, draw, segment, state.sums, chunk=self.memory.chunk
+    )
+    return out, FavorState(sums, position), {}

@@ -1,0 +1,100 @@
+"""What every memory is: a state, its start, its update."""
+
+from typing import Any, ClassVar, NamedTuple
+
+import flax.linen as nn
+from jaxtyping import Array
+
+from cached_tx.types import DType, Losses, Memory, SlotMask, State
+
+
+class Slots(NamedTuple):
+  """What a memory offers to attention, oldest first.
+
+  Attributes:
+    values: tokens of the row's document, in the width of the layer's input; 0
+      where not valid.
+    valid: which of them exist.
+  """
+
+  values: Memory
+  valid: SlotMask
+
+
+class Replaced(NamedTuple):
+  """Tokens that left a memory, and the slots that took their place.
+
+  Each slot stands for len(old) / len(new) neighbouring tokens and is valid only
+  where all of them were. `new` carries gradients to the compressor alone.
+  """
+
+  old: Slots
+  new: Slots
+
+
+class Update(NamedTuple):
+  """What an update returns.
+
+  Attributes:
+    state: the memory after the segment, of the type it had before.
+    losses: auxiliary losses of the memory's own.
+    replaced: set by memories that compress and want attention reconstructed.
+  """
+
+  state: State
+  losses: Losses = {}  # noqa: RUF012 - never written to
+  replaced: Replaced | None = None
+
+
+class MemoryModule(nn.Module):
+  """Base of all memories. A subclass is one file of this folder.
+
+  Class attributes, to be overridden where they differ:
+    reader: the kind of attention layer that reads this memory (layers/__init__.py).
+    clocked: whether the state changes only every `segment` tokens of the row.
+    min_tbptt: segments that a gradient must span to train every parameter.
+    min_tbptt_reason: why, for the error message.
+    auxiliary: names of submodules that an auxiliary loss trains; their gradients
+      are clipped as a group of their own.
+  """
+
+  reader: ClassVar[str] = "slots"
+  clocked: ClassVar[bool] = True
+  auxiliary: ClassVar[tuple[str, ...]] = ()
+
+  @property
+  def min_tbptt(self) -> int:
+    """Fewest segments of backpropagation with which every parameter is trained."""
+    return 1
+
+  @property
+  def min_tbptt_reason(self) -> str:
+    """Why fewer are refused."""
+    return ""
+
+  @property
+  def reconstructs(self) -> bool:
+    """Whether the attention layer adds a reconstruction loss for what was replaced."""
+    return False
+
+  @nn.nowrap
+  def check(self, segment: int, width: int, heads: int) -> None:
+    """Raises ValueError where the memory does not fit the layer around it."""
+
+  @nn.nowrap
+  def initial_state(self, batch: int, width: int, heads: int, dtype: DType) -> State:
+    """An empty memory for `batch` rows.
+
+    Args:
+      batch: B.
+      width: D of the layer's input.
+      heads: H of the layer.
+      dtype: of stored tokens; what accumulates is float32 or wider.
+    """
+    raise TypeError(f"{type(self).__name__} defines no initial_state")
+
+  @nn.nowrap
+  def draw(self, layer: Array | int, width: int, heads: int) -> Any:
+    """Random constants of layer number `layer`: neither parameters nor state."""
+    del layer, width, heads
+    return None

@@ -1,0 +1,56 @@
+"""Whole networks."""
+
+from typing import Any
+
+from cached_tx.memory import MemoryModule, build_memory
+from cached_tx.models.decoder import DecoderLM
+
+__all__ = ["DecoderLM", "build_model"]
+
+
+def build_model(config: Any, vocab: int) -> DecoderLM:
+  """Makes the model of a config (its keys model, memory, segment, tbptt).
+
+  Args:
+    config: a ConfigDict, or anything with these attributes and mappings.
+    vocab: V.
+
+  Raises:
+    ValueError: naming the key, for settings that do not exist or do not fit.
+  """
+  options = dict(config.model)
+  pattern = tuple(options.pop("pattern"))
+  known = set(DecoderLM.__dataclass_fields__) - {"parent", "name"}
+  unknown = sorted(set(options) - known)
+  if unknown:
+    raise ValueError(f"model.{unknown[0]} is no option; there are: {sorted(known)}")
+  model = DecoderLM(
+    vocab=vocab,
+    segment=config.segment,
+    tbptt=config.tbptt,
+    memories=_memories(dict(config.memory), pattern, options["dtype"]),
+    **options,
+  )
+  model.check()
+  return model
+
+
+def _memories(memory: dict, pattern: tuple[str, ...], dtype: str) -> tuple:
+  if not pattern:
+    return (_memory(memory, dtype),)
+  for name in pattern:
+    if name not in memory:
+      raise ValueError(
+        f"model.pattern names {name!r}, but memory has only {sorted(memory)}"
+      )
+  return tuple(_memory(dict(memory[name]), dtype) for name in pattern)
+
+
+def _memory(options: dict, dtype: str) -> MemoryModule:
+  if "kind" not in options:
+    raise ValueError(
+      f"memory has no key 'kind' but {sorted(options)}; give one, or name the "
+      "memories of a period in model.pattern"
+    )
+  memory = build_memory(**options)
+  return memory.clone(dtype=dtype) if hasattr(memory, "dtype") else memory

@@ -1,0 +1,272 @@
+"""A decoder language model with explicit memory."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from cached_tx.layers import MLP, Block, MemoryAttention, Stream, attention_for
+from cached_tx.memory import MemoryModule
+from cached_tx.types import DType, Hidden, Logits, Losses, Segment, State, Tokens
+
+REMAT = ("none", "dots", "full")
+
+
+class Period(nn.Module):
+  """The blocks of one period of the pattern, one after the other."""
+
+  blocks: tuple[Block, ...]
+  deterministic: bool
+
+  def __call__(
+    self, x: Hidden, state: tuple[State, ...], draw: tuple[Any, ...], segment: Segment
+  ) -> tuple[Hidden, tuple[tuple[State, ...], Losses]]:
+    """Returns the hidden state, and the states and the summed losses of the blocks."""
+    after, total = [], {}
+    for block, own, constant in zip(self.blocks, state, draw, strict=True):
+      x, own, losses = block(
+        x, own, segment, draw=constant, deterministic=self.deterministic
+      )
+      after.append(own)
+      total = {k: total.get(k, 0) + losses.get(k, 0) for k in total | losses}
+    return x, (tuple(after), total)
+
+
+class Stack(nn.Module):
+  """All layers: the period, scanned G times. Parameters and states lead with G."""
+
+  blocks: tuple[Block, ...]
+  periods: int
+  remat: str
+  deterministic: bool
+
+  @nn.compact
+  def __call__(
+    self, x: Hidden, state: tuple[State, ...], draws: tuple[Any, ...], segment: Segment
+  ) -> tuple[Hidden, tuple[State, ...], Losses]:
+    """Arguments and results as of `MemoryAttention`, for all layers at once."""
+    period = Period
+    if self.remat != "none":
+      policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+      policy = policy if self.remat == "dots" else None
+      period = nn.remat(Period, prevent_cse=False, policy=policy)
+    scanned = nn.scan(
+      period,
+      variable_axes={"params": 0},
+      split_rngs={"params": True, "dropout": True},
+      in_axes=(0, 0, nn.broadcast),
+      out_axes=0,
+      length=self.periods,
+      metadata_params={nn.PARTITION_NAME: "layers"},
+    )
+    layers = scanned(self.blocks, self.deterministic, name="layers")
+    x, (state, losses) = layers(x, state, draws, segment)
+    return x, state, {name: loss.sum(axis=0) for name, loss in losses.items()}
+
+
+class DecoderLM(nn.Module):
+  """Predicts the next token from the document so far.
+
+  The layers repeat `memories` as a period: layers 0, P, 2P, ... hold the first kind.
+  One compiled period serves all, scanned over the G = layers / P periods; states and
+  parameters are stacked on a leading axis G.
+
+  Attributes:
+    vocab: V.
+    layers: N; a multiple of the number of memories.
+    width: D.
+    heads: H.
+    mlp: F.
+    segment: C, tokens between two updates of a memory that has a clock.
+    memories: one kind per layer of the period.
+    tbptt: the gradient is cut at every tbptt-th segment boundary of a call, counted
+      from its first segment.
+    positions: rotary, relative or none, for all kinds alike.
+    dropout: rate, on attention weights and on the output of every branch.
+    dtype: of the computation. Parameters and logits are float32.
+    remat: what the backward pass computes anew: none; dots (all but matrix products);
+      full (whole periods).
+  """
+
+  vocab: int
+  layers: int
+  width: int
+  heads: int
+  mlp: int
+  segment: int
+  memories: tuple[MemoryModule, ...]
+  tbptt: int = 1
+  positions: str = "rotary"
+  dropout: float = 0.0
+  dtype: DType = jnp.float32
+  remat: str = "none"
+
+  @nn.nowrap
+  def check(self) -> None:
+    """Raises ValueError, naming the config key, where the settings do not fit."""
+    if self.layers < 1 or self.layers % len(self.memories):
+      raise ValueError(
+        f"model.layers is {self.layers}; it must be a multiple of the "
+        f"{len(self.memories)} memories of model.pattern"
+      )
+    if self.remat not in REMAT:
+      raise ValueError(f"model.remat is {self.remat!r}; one of {', '.join(REMAT)}")
+    for memory in self.memories:
+      if self.tbptt < memory.min_tbptt:
+        raise ValueError(
+          f"tbptt is {self.tbptt}, but {type(memory).__name__} needs "
+          f"{memory.min_tbptt} or more segments: {memory.min_tbptt_reason}; "
+          "change tbptt and segments"
+        )
+    self.blocks()
+
+  @nn.nowrap
+  def blocks(self) -> tuple[Block, ...]:
+    """The blocks of one period, without parameters."""
+    scale = 1 / (2 * self.layers)  # keeps the residual stream's variance near 1
+    period = []
+    for memory in self.memories:
+      attention = attention_for(
+        memory.clone(parent=None),
+        width=self.width,
+        heads=self.heads,
+        segment=self.segment,
+        positions=self.positions,
+        dropout=self.dropout,
+        output_scale=scale,
+        dtype=self.dtype,
+        parent=None,
+      )
+      mlp = MLP(self.mlp, scale, self.dropout, self.dtype, parent=None)
+      period.append(Block(attention, mlp, self.dtype, parent=None))
+    return tuple(period)
+
+  @nn.nowrap
+  def attentions(self) -> tuple[MemoryAttention, ...]:
+    """The attention layers of one period, without parameters."""
+    return tuple(block.attention for block in self.blocks())
+
+  @property
+  def periods(self) -> int:
+    """G."""
+    return self.layers // len(self.memories)
+
+  @nn.nowrap
+  def initial_state(self, batch: int) -> State:
+    """The empty memory of `batch` rows, for whole segments.
+
+    Returns:
+      A tuple of one state per layer of the period; leaves lead with G, then B.
+    """
+    self.check()
+    return tuple(self._stacked(a.initial_state(batch)) for a in self.attentions())
+
+  @nn.nowrap
+  def open_stream(self, state: State, batch: int) -> State:
+    """The state that takes any number of tokens, from one at a segment's boundary."""
+    return tuple(
+      jax.vmap(lambda s, a=a: a.open_stream(s, batch), axis_size=self.periods)(own)
+      for a, own in zip(self.attentions(), state, strict=True)
+    )
+
+  @nn.nowrap
+  def _stacked(self, state: State) -> State:
+    return jax.tree.map(lambda a: jnp.stack([a] * self.periods), state)
+
+  @nn.nowrap
+  def _draws(self) -> tuple[Any, ...]:
+    period = len(self.memories)
+    return tuple(
+      jax.vmap(a.draw)(jnp.arange(i, self.layers, period))
+      for i, a in enumerate(self.attentions())
+    )
+
+  @nn.compact
+  def __call__(
+    self,
+    tokens: Tokens,
+    state: State,
+    segment: Segment,
+    *,
+    deterministic: bool = True,
+  ) -> tuple[Logits, State, Losses]:
+    """Logits of the token after each token.
+
+    Args:
+      tokens: ids below `vocab`.
+      state: from `initial_state` (L is a multiple of `segment`, no padding), from
+        `open_stream` (any L, padding anywhere), or from a former call.
+      segment: document starts and padding.
+      deterministic: False turns dropout on; needs the rng "dropout".
+
+    Returns:
+      Logits in float32; the state afterwards, of the type it had; auxiliary losses,
+      summed over layers and over the segments that each row finished.
+
+    Raises:
+      ValueError: where the settings do not fit, or the tokens do not fit the state.
+    """
+    self.check()
+    init = nn.initializers.normal(self.width**-0.5)
+    embedding = self.param(
+      "embedding",
+      nn.with_logical_partitioning(init, ("vocab", "embed")),
+      (self.vocab, self.width),
+      jnp.float32,
+    ).astype(self.dtype)
+    x = jnp.take(embedding, tokens, axis=0) * jnp.asarray(self.width**0.5, self.dtype)
+    x = nn.Dropout(self.dropout)(x, deterministic=deterministic)
+    stack = Stack(
+      self.blocks(), self.periods, self.remat, deterministic, name="stack"
+    )
+    if tokens.shape[1] > self.segment and not _streams(state):
+      x, state, losses = self._segments(stack, x, state, segment)
+    else:
+      x, state, losses = stack(x, state, self._draws(), segment)
+    ones = nn.with_logical_partitioning(nn.initializers.ones, ("embed",))
+    norm = nn.LayerNorm(
+      dtype=self.dtype, epsilon=1e-5, use_bias=False, scale_init=ones, name="norm"
+    )
+    logits = jnp.einsum("bld,vd->blv", norm(x), embedding)
+    return logits.astype(jnp.promote_types(self.dtype, jnp.float32)), state, losses
+
+  def _segments(
+    self, stack: Stack, x: Hidden, state: State, segment: Segment
+  ) -> tuple[Hidden, State, Losses]:
+    """Scans the segments of a call, the state being the carry."""
+    B, L, D = x.shape
+    C, n = self.segment, L // self.segment
+    if L % C or segment.valid is not None:
+      padded = " and a mask of padding" if segment.valid is not None else ""
+      raise ValueError(
+        f"a call brings {L} tokens{padded}; a state at a segment's boundary takes "
+        f"multiples of segment = {C} without padding: pass `open_stream(state)`"
+      )
+    draws = self._draws()
+
+    def one(stack, state, now):
+      x, starts, number = now
+      cut = number % self.tbptt == 0
+      state = jax.tree.map(
+        lambda a: jnp.where(cut, jax.lax.stop_gradient(a), a), state
+      )
+      x, state, losses = stack(x, state, draws, Segment(starts))
+      return state, (x, losses)
+
+    scan = nn.scan(
+      one,
+      variable_broadcast="params",
+      split_rngs={"params": False, "dropout": True},
+    )
+    cuts = x.reshape(B, n, C, D).swapaxes(0, 1)
+    starts = segment.starts.reshape(B, n, C).swapaxes(0, 1)
+    state, (x, losses) = scan(stack, state, (cuts, starts, jnp.arange(n)))
+    x = x.swapaxes(0, 1).reshape(B, L, D)
+    return x, state, {name: loss.sum(axis=0) for name, loss in losses.items()}
+
+
+def _streams(state: State) -> bool:
+  """Whether any layer is in the midst of a segment, as far as types tell."""
+  is_stream = lambda s: isinstance(s, Stream)  # noqa: E731
+  return any(map(is_stream, jax.tree.leaves(state, is_leaf=is_stream)))

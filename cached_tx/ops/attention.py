@@ -1,0 +1,50 @@
+"""Exact softmax attention over an explicit set of keys."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+Queries = Float[Array, "B Q H K"]
+Keys = Float[Array, "B S H K"]
+Scores = Float[Array, "B H Q S"]
+
+
+def softmax_attention(
+  q: Queries,
+  k: Keys,
+  v: Keys,
+  mask: Bool[Array, "B #Q S"],
+  scores: Float[Array, "#B #H Q S"] | None = None,
+  dropout: Callable[[Array], Array] | None = None,
+) -> Queries:
+  """softmax(q k^T + scores) v over the keys that `mask` shows to each query.
+
+  The exponent, the sum and the product are taken before the division, so that
+  the division touches Q x K numbers instead of Q x S.
+
+  Args:
+    q: any float dtype, already scaled by K ** -0.5.
+    k, v: any float dtype; entries that no query may see must be finite.
+    mask: which keys a query sees.
+    scores: added to the product of q and k, on the same scale.
+    dropout: applied to the weights.
+
+  Returns:
+    The mean of v under the weights, in the dtype of v; 0 where a query sees no key.
+    Computed in float32 at least.
+  """
+  logits = jnp.einsum("bqhk,bshk->bhqs", q, k)
+  logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+  if scores is not None:
+    logits = logits + jnp.broadcast_to(scores, logits.shape).astype(logits.dtype)
+  logits = jnp.where(mask[:, None], logits, -jnp.inf)
+  top = jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True))
+  weights = jnp.exp(logits - jnp.where(top == -jnp.inf, 0, top))
+  total = weights.sum(axis=-1)  # B H Q
+  if dropout is not None:
+    weights = dropout(weights)
+  out = jnp.einsum("bhqs,bshk->bqhk", weights.astype(v.dtype), v)
+  total = jnp.swapaxes(jnp.where(total > 0, total, 1), 1, 2)[..., None]  # B Q H 1
+  return (out / total).astype(v.dtype)

@@ -1,0 +1,65 @@
+"""Positions as functions of distance: rotary angles and Transformer-XL's terms."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from cached_tx.types import Heads
+
+POSITIONS = ("rotary", "relative", "none")
+
+
+def rotary_angles(positions: Int[Array, "..."], width: int) -> Float[Array, "... A"]:
+  """Angles in radians, one for each of the A = width / 2 planes.
+
+  Su et al., 2021, arXiv:2104.09864, section 3.2.2. The turn of a plane per
+  position is held in units of 2**-32 turns and multiplied in uint32, which wraps
+  as angles do: the difference of two angles depends on the distance alone, to the
+  last bit, however long the stream. The frequency is off by at most 2**-33 turns.
+  """
+  planes = np.arange(width // 2) / (width // 2)
+  turns = 10_000.0**-planes / (2 * np.pi)
+  step = np.round(turns * 2.0**32).astype(np.uint32)
+  turned = positions.astype(jnp.uint32)[..., None] * jnp.asarray(step).reshape(
+    (1,) * positions.ndim + (-1,)
+  )
+  signed = jax.lax.bitcast_convert_type(turned, jnp.int32)  # half a turn either way
+  exact = jax.dtypes.canonicalize_dtype(jnp.float64)
+  return signed.astype(exact) * (2 * np.pi / 2.0**32)
+
+
+def rotate(x: Heads, positions: Int[Array, "#B L"]) -> Heads:
+  """Turns each pair of channels of `x` by its position's angle."""
+  angles = rotary_angles(positions, x.shape[-1])[:, :, None]  # B L 1 A
+  cos, sin = jnp.cos(angles).astype(x.dtype), jnp.sin(angles).astype(x.dtype)
+  first, second = jnp.split(x, 2, axis=-1)
+  return jnp.concatenate(
+    [first * cos - second * sin, second * cos + first * sin], axis=-1
+  )
+
+
+def sinusoids(distances: Int[Array, "W"], width: int) -> Float[Array, "W D"]:
+  """Dai et al., 2019, arXiv:1901.02860, R: sines, then cosines, of the distances."""
+  planes = np.arange(0, width, 2) / width
+  angles = distances[:, None] * jnp.asarray(10_000.0**-planes)[None]
+  return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
+
+
+def by_key(scores: Float[Array, "B H Q W"], keys: int) -> Float[Array, "B H Q S"]:
+  """Turns scores by distance into scores by key, for queries at the last Q places.
+
+  Column w of the input is distance S - 1 - w. The table is padded to its full
+  length for the negative distances, so no entry wraps around from another row;
+  what lies after a query is 0.
+
+  Args:
+    scores: W = S distances, from S - 1 down to 0.
+    keys: S, the keys attended, the queries being the last Q of them.
+  """
+  B, H, Q, _ = scores.shape
+  full = jnp.pad(scores, ((0, 0), (0, 0), (0, 0), (0, Q - 1)))
+  width = full.shape[-1]  # S + Q - 1
+  flat = full.reshape(B, H, Q * width)[..., Q - 1 :]
+  flat = flat[..., : Q * (width - 1)]
+  return flat.reshape(B, H, Q, width - 1)[..., :keys]

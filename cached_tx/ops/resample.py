@@ -1,0 +1,26 @@
+"""Shorter rows of tokens from longer ones."""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from cached_tx.types import Hidden, Index
+
+
+def nearest(
+  x: Hidden, first: Index, length: Index, slots: int
+) -> Float[Array, "B M D"]:
+  """M tokens of the `length` tokens of each row from `first` on: floor(i length / M).
+
+  Zhang et al., 2024, arXiv:2312.12742 interpolate valid tokens only, by the index
+  rule of `nearest` in the authors' framework (not the half-pixel rule). A row of
+  length 0 gets the token at `first`, which the caller masks.
+  """
+  i = jnp.arange(slots, dtype=first.dtype)[None]
+  places = first[:, None] + i * length[:, None] // slots
+  return jnp.take_along_axis(x, places[..., None], axis=1)
+
+
+def blocks(x: Hidden, rate: int) -> Float[Array, "B M rate D"]:
+  """Cuts L = M rate tokens into M blocks of `rate` neighbours."""
+  B, L, D = x.shape
+  return x.reshape(B, L // rate, rate, D)

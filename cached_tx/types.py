@@ -1,0 +1,42 @@
+"""Axis letters and array aliases. One letter, one meaning, everywhere.
+
+B batch rows         L tokens of a call      C tokens of the clock (a segment)
+M memory slots       S keys attended         T tokens of a training step
+D width              H heads                 K width per head
+F MLP hidden         R random features       V vocabulary
+N layers of a stack  P layers of a period    G periods of a stack
+"""
+
+from typing import Any, NamedTuple
+
+from jax import Array
+from jax.typing import DTypeLike
+from jaxtyping import Bool, Float, Int
+
+Tokens = Int[Array, "B L"]
+Mask = Bool[Array, "B L"]
+Hidden = Float[Array, "B L D"]
+Heads = Float[Array, "B L H K"]
+Memory = Float[Array, "B M D"]
+SlotMask = Bool[Array, "B M"]
+Logits = Float[Array, "B L V"]
+PerRow = Float[Array, "B"]
+Index = Int[Array, "B"]
+
+Losses = dict[str, PerRow]  # summed over the row's finished segments of a call
+State = Any  # a pytree of arrays; every leaf of one layer leads with B
+DType = DTypeLike
+
+
+class Segment(NamedTuple):
+  """What a call says of its tokens besides the tokens.
+
+  Attributes:
+    starts: this token begins a new document: it and what follows see nothing
+      from before it.
+    valid: False for padding, which leaves no trace. None says, statically, that
+      every token is real; only then may whole segments take the parallel path.
+  """
+
+  starts: Mask
+  valid: Mask | None = None
