@@ -38,7 +38,7 @@ class SentencePiece:
       import sentencepiece
     except ImportError as error:
       raise ImportError(
-        "data.tokenizer='sentencepiece' needs: pip install sentencepiece"
+        "data.tokenizer='sentencepiece' needs: pip install 'cached_tx[sentencepiece]'"
       ) from error
     model = Path(path).read_bytes()
     self._model = sentencepiece.SentencePieceProcessor(model_proto=model)

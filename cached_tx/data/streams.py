@@ -6,6 +6,7 @@ tail that is dropped. What a row reads is a function of (seed, step), so the ste
 the whole position of the input, whatever the number of hosts.
 """
 
+import hashlib
 import sys
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -61,16 +62,20 @@ def tokenize(documents: Sequence[bytes], tokenizer: Tokenizer) -> Tokens:
   if not len(documents):
     raise ValueError(f"no documents in {getattr(documents, 'label', 'the split')}")
   dtype = np.min_scalar_type(tokenizer.vocab - 1)
-  folder = documents.cache if isinstance(documents, Documents) else None
-  if folder is not None:
+  if isinstance(documents, Documents) and documents.cache is not None:
     from cached_tx.data import token_files
 
-    return token_files.tokenize(documents, tokenizer, dtype)
+    folder = documents.cache / f"{documents.label}_{tokenizer.identity}".replace(
+      " ", "_"
+    )
+    return token_files.tokenize(folder, documents, tokenizer, dtype)
   parts = [encode(document, tokenizer, dtype) for document in documents]
   return Tokens(np.concatenate(parts), begins([len(p) for p in parts]), tokenizer.bos)
 
 
-def encode(document: bytes, tokenizer: Tokenizer, dtype) -> Integer[np.ndarray, "S"]:
+def encode(
+  document: bytes, tokenizer: Tokenizer, dtype: np.dtype
+) -> Integer[np.ndarray, "S"]:
   """Returns BOS and the tokens of one document, as `dtype`."""
   ids = tokenizer.encode(document)
   out = np.empty(len(ids) + 1, dtype)
@@ -96,15 +101,25 @@ def host_rows(rows: int, shard: int, shards: int) -> range:
   return range(shard * rows // shards, (shard + 1) * rows // shards)
 
 
+def document_order(count: int, seed: int) -> Int64[np.ndarray, "documents"]:
+  """Returns a permutation of `count` documents, by SHA-256 of seed and index.
+
+  Unlike a generator's, it is the same under every version of NumPy, so that a run
+  can be continued on another machine.
+  """
+  keys = [hashlib.sha256(f"{seed} {i}".encode()).digest() for i in range(count)]
+  return np.array(sorted(range(count), key=keys.__getitem__), np.int64)
+
+
 class _Circle:
   """Documents end to end in a given order, without end; nothing is copied."""
 
   def __init__(self, tokens: Tokens, order: Int64[np.ndarray, "documents"]):
     ends = np.append(tokens.begins[1:], len(tokens.flat))
-    lengths = (ends - tokens.begins)[order]
+    lengths = ends - tokens.begins
     self._flat = tokens.flat
     self._sources = tokens.begins[order]  # of the i-th document, in flat
-    self._begins = np.append(begins(lengths), lengths.sum())  # in the circle
+    self._begins = np.append(0, np.cumsum(lengths[order]))  # in the circle
 
   def __len__(self) -> int:
     return len(self._flat)
@@ -150,7 +165,7 @@ class TrainStream:
       tokens: what to read.
       rows: B, rows over all hosts.
       length: T, tokens per row and step.
-      seed: of the order of documents, at least 0.
+      seed: of the order of documents.
       shard: this host.
       shards: number of hosts.
 
@@ -161,8 +176,7 @@ class TrainStream:
       raise ValueError(f"length={length}: a step reads at least 1 token per row")
     self.rows = host_rows(rows, shard, shards)
     self.length = length
-    order = np.random.default_rng(seed).permutation(len(tokens.begins))
-    self._circle = _Circle(tokens, order)
+    self._circle = _Circle(tokens, document_order(len(tokens.begins), seed))
     self._bos = tokens.bos
     size = len(self._circle)
     self._offsets = [row * size // rows for row in self.rows]

@@ -7,15 +7,18 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Int32, Integer
+
+from cached_tx.data.sources.base import Documents
 
 Ids = Integer[np.ndarray, "S"]  # S ids, any integer dtype
 Encoded = Int32[np.ndarray, "S"]
 
 
+@runtime_checkable
 class Tokenizer(Protocol):
   """What a tokenizer has.
 
@@ -127,8 +130,9 @@ def _words(vocab: str, corpus: Iterable[bytes] | None) -> Words:
       "data.tokenizer='words' needs data.vocab (a file with one word per line) or the "
       "documents of the training split to build one from"
     )
-  folder = getattr(corpus, "cache", None)
-  kept = folder / f"{corpus.label}_words.txt".replace(" ", "_") if folder else None
+  kept = None
+  if isinstance(corpus, Documents) and corpus.cache is not None:
+    kept = corpus.cache / f"{corpus.label}_words.txt".replace(" ", "_")
   if kept is not None and kept.exists():
     return Words.from_file(kept)
   words = Words.from_corpus(corpus)

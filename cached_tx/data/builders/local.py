@@ -22,7 +22,7 @@ from cached_tx.data.sources.files import settle
 log = logging.getLogger(__name__)
 
 
-class LocalText(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+class LocalText(tfds.core.GeneratorBasedBuilder):
   """Documents from local files.
 
   Attributes:

@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 OFFICIAL_BYTES = 100_000_000
 
 
-class OneFile(LocalText, skip_registration=True):
+class OneFile(LocalText):
   """A single file, cut by bytes.
 
   Attributes:

@@ -11,7 +11,7 @@ begin with a dot, are left out. The split is the first of these rules that fits:
    becomes two documents, one in each split.
 """
 
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from pathlib import Path
 
 from cached_tx.data.sources import files
@@ -61,8 +61,8 @@ def _hidden(name: str) -> bool:
 def _by_bytes(paths: list[Path], split: str) -> list[Piece]:
   """The bytes of a split, of the files one after another."""
   sizes = [path.stat().st_size for path in paths]
-  ends = list(accumulate(sizes))
-  edges = list(zip(paths, [0, *ends[:-1]], ends, strict=True))
+  spans = pairwise(accumulate(sizes, initial=0))
+  edges = [(path, *span) for path, span in zip(paths, spans, strict=True)]
 
   def next_line(cut: int) -> int:
     for path, begin, end in edges:

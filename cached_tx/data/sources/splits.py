@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Callable
+from itertools import pairwise
 
 from cached_tx.data.sources.base import SPLITS
 
@@ -18,8 +19,8 @@ def byte_ranges(
     forward: moves a cut to where it may fall, at or after the exact one.
   """
   first, second = (forward(size * percent // 100) for percent in _PERCENT[1:3])
-  edges = (0, first, second, size)
-  return {name: edges[i : i + 2] for i, name in enumerate(SPLITS)}
+  ranges = pairwise((0, first, second, size))
+  return dict(zip(SPLITS, ranges, strict=True))
 
 
 def hashed_split(path: str) -> str:
