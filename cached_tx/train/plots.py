@@ -1,0 +1,111 @@
+"""Pictures of a run, drawn from its metrics.jsonl."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from cached_tx.train.metrics import read_log
+
+_BLUE, _RED, _GREY = "#2f6db3", "#c8553d", "#6b6b6b"
+
+
+def loss_plot(
+  jsonl_path: str | os.PathLike,
+  png_path: str | os.PathLike,
+  *,
+  references: Mapping[str, float] | None = None,
+  title: str = "",
+  metric: str = "bits_per_byte",
+  label: str = "bits per byte",
+) -> Path:
+  """Draws training and evaluation over the steps into a PNG of 1600 x 1000 pixels.
+
+  Args:
+    jsonl_path: metrics.jsonl, see `cached_tx.train.metrics`.
+    png_path: written anew.
+    references: horizontal lines to compare with, such as {"gzip -9": 2.6}.
+    title: over the plot, on the left.
+    metric: which numbers.
+    label: of the vertical axis.
+
+  Raises:
+    ValueError: no line of the file has that metric.
+  """
+  records = [r for r in read_log(jsonl_path) if r.get(metric) is not None]
+  train = _points(records, "train", metric)
+  evaluation = _points(records, "eval", metric)
+  if not train.size and not evaluation.size:
+    raise ValueError(f"{jsonl_path} has no line with {metric!r}: nothing to draw")
+  references = dict(references or {})
+
+  from matplotlib.backends.backend_agg import FigureCanvasAgg  # 0.5 s
+  from matplotlib.figure import Figure
+
+  figure = Figure(figsize=(8, 5), layout="constrained")
+  FigureCanvasAgg(figure)
+  axes = figure.add_subplot()
+  if train.size:
+    steps, values = train
+    axes.plot(steps, values, color=_BLUE, alpha=0.25, linewidth=0.8)
+    axes.plot(steps, smoothed(values), color=_BLUE, linewidth=1.8, label="training")
+  if evaluation.size:
+    axes.plot(
+      *evaluation, "o-", color=_RED, markersize=4, linewidth=1.2, label="validation"
+    )
+  for name, height in references.items():
+    axes.axhline(height, color=_GREY, linewidth=0.9, linestyle=(0, (4, 3)))
+    axes.annotate(
+      f"{name} {height:.2f}",
+      (1, height),
+      xycoords=("axes fraction", "data"),
+      xytext=(-4, 2),
+      textcoords="offset points",
+      ha="right",
+      va="bottom",
+      fontsize=9,
+      color=_GREY,
+    )
+  _style(axes, train, evaluation, list(references.values()))
+  axes.set_xlabel("step", fontsize=11)
+  axes.set_ylabel(label, fontsize=11)
+  axes.set_title(title, fontsize=12, loc="left")
+  axes.legend(frameon=False, fontsize=10, loc="upper right", ncols=2)
+  path = Path(png_path)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  figure.savefig(path, dpi=200, format="png")
+  return path
+
+
+def smoothed(values: np.ndarray) -> np.ndarray:
+  """A moving average over the last fiftieth of the points (no look ahead)."""
+  window = max(len(values) // 50, 1)
+  sums = np.cumsum(np.concatenate([[0.0], values]))
+  last = np.arange(1, len(values) + 1)
+  first = np.maximum(last - window, 0)
+  return (sums[last] - sums[first]) / (last - first)
+
+
+def _points(records: list[dict], kind: str, metric: str) -> np.ndarray:
+  """Finished steps and values, (2, N)."""
+  found = [(r["step"] + 1, r[metric]) for r in records if r["kind"] == kind]
+  return np.array(found, np.float64).T
+
+
+def _style(axes, train: np.ndarray, evaluation: np.ndarray, heights: list[float]):
+  """Leaves out what the first steps do, so that the rest can be read."""
+  values = [*heights]
+  if train.size:
+    late = smoothed(train[1])[len(train[1]) // 20 :]
+    values += [late.min(), late.max()]
+  if evaluation.size:
+    values += [evaluation[1].min(), evaluation[1][len(evaluation[1]) // 20 :].max()]
+  low, high = min(values), max(values)
+  room = 0.08 * (high - low) or 0.1
+  axes.set_ylim(low - room, high + 2 * room)  # space for the legend
+  axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
+  axes.set_axisbelow(True)
+  axes.margins(x=0.01)
+  for side in ("top", "right"):
+    axes.spines[side].set_visible(False)

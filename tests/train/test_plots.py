@@ -1,0 +1,61 @@
+"""Pictures: a PNG of the right size that shows what the log holds."""
+
+import json
+import struct
+
+import numpy as np
+import pytest
+
+from cached_tx.train.plots import loss_plot, smoothed
+
+
+def write(path, train=200, evaluations=4):
+  noise = np.random.default_rng(0).normal(size=train)
+  values = 2 + 6 * np.exp(-np.arange(train) / 30) + 0.08 * noise
+  records = [
+    {"step": s, "kind": "train", "bits_per_byte": v} for s, v in enumerate(values)
+  ]
+  for step in np.linspace(train // 10, train - 1, evaluations).astype(int):
+    records.append({"step": int(step), "kind": "eval", "bits_per_byte": values[step]})
+  records.append({"step": 0, "kind": "event", "event": "first_step", "seconds": 1})
+  path.write_text("".join(json.dumps(r) + "\n" for r in records))
+
+
+def size(path):
+  data = path.read_bytes()
+  assert data[:8] == b"\x89PNG\r\n\x1a\n"
+  return struct.unpack(">II", data[16:24]), len(data)
+
+
+@pytest.mark.parametrize("counts", [(200, 4), (200, 0), (1, 1)])
+def test_loss_plot(tmp_path, counts):
+  write(tmp_path / "metrics.jsonl", *counts)
+  path = loss_plot(
+    tmp_path / "metrics.jsonl",
+    tmp_path / "plots" / "loss.png",
+    references={"gzip -9": 2.55, "bz2 -9": 2.2},
+    title="Compressive memory, World English Bible",
+  )
+  pixels, length = size(path)
+  assert pixels == (1600, 1000) and length > 20_000
+
+
+def test_the_lines_are_in_the_picture(tmp_path):
+  write(tmp_path / "metrics.jsonl")
+  bare = loss_plot(tmp_path / "metrics.jsonl", tmp_path / "a.png").read_bytes()
+  same = loss_plot(tmp_path / "metrics.jsonl", tmp_path / "b.png").read_bytes()
+  lined = loss_plot(
+    tmp_path / "metrics.jsonl", tmp_path / "c.png", references={"xz": 3.0}
+  ).read_bytes()
+  assert bare == same != lined
+
+
+def test_nothing_to_draw(tmp_path):
+  write(tmp_path / "metrics.jsonl")
+  with pytest.raises(ValueError, match="no line with 'accuracy'"):
+    loss_plot(tmp_path / "metrics.jsonl", tmp_path / "a.png", metric="accuracy")
+
+
+def test_smoothed_looks_back_only():
+  values = np.arange(100.0)  # a window of two
+  np.testing.assert_allclose(smoothed(values), [0, *(np.arange(1, 100) - 0.5)])
