@@ -54,20 +54,8 @@ def loss_plot(
     axes.plot(
       *evaluation, "o-", color=_RED, markersize=4, linewidth=1.2, label="validation"
     )
-  for name, height in references.items():
-    axes.axhline(height, color=_GREY, linewidth=0.9, linestyle=(0, (4, 3)))
-    axes.annotate(
-      f"{name} {height:.2f}",
-      (1, height),
-      xycoords=("axes fraction", "data"),
-      xytext=(-4, 2),
-      textcoords="offset points",
-      ha="right",
-      va="bottom",
-      fontsize=9,
-      color=_GREY,
-    )
   _style(axes, train, evaluation, list(references.values()))
+  _draw_references(axes, references)
   axes.set_xlabel("step", fontsize=11)
   axes.set_ylabel(label, fontsize=11)
   axes.set_title(title, fontsize=12, loc="left")
@@ -79,12 +67,31 @@ def loss_plot(
 
 
 def smoothed(values: np.ndarray) -> np.ndarray:
-  """A moving average over the last fiftieth of the points (no look ahead)."""
-  window = max(len(values) // 50, 1)
+  """A moving average over a fiftieth of the points, narrower near both ends.
+
+  Near the first point it stays centred (the loss falls fast there), near the last
+  one it looks back (or it would end in noise).
+  """
+  count = len(values)
+  index = np.arange(count)
+  reach = np.minimum(count // 100, index)
+  first, last = index - reach, np.minimum(index + reach + 1, count)
   sums = np.cumsum(np.concatenate([[0.0], values]))
-  last = np.arange(1, len(values) + 1)
-  first = np.maximum(last - window, 0)
   return (sums[last] - sums[first]) / (last - first)
+
+
+def _draw_references(axes, references: Mapping[str, float]):
+  """Lines with their names in the right margin, moved apart where they are close."""
+  low, high = axes.get_ylim()
+  free = 0.0
+  for name, height in sorted(references.items(), key=lambda item: item[1]):
+    axes.axhline(height, color=_GREY, linewidth=0.9, linestyle=(0, (4, 3)), zorder=1)
+    y = max((height - low) / (high - low), free)
+    free = y + 0.045  # of the height: one line of text
+    text = f"{name}  {height:.2f}"
+    axes.text(
+      1.01, y, text, transform=axes.transAxes, va="center", fontsize=9, color=_GREY
+    )
 
 
 def _points(records: list[dict], kind: str, metric: str) -> np.ndarray:

@@ -56,6 +56,9 @@ def test_nothing_to_draw(tmp_path):
     loss_plot(tmp_path / "metrics.jsonl", tmp_path / "a.png", metric="accuracy")
 
 
-def test_smoothed_looks_back_only():
-  values = np.arange(100.0)  # a window of two
-  np.testing.assert_allclose(smoothed(values), [0, *(np.arange(1, 100) - 0.5)])
+def test_smoothed():
+  line = np.arange(400.0)
+  np.testing.assert_allclose(smoothed(line)[:-4], line[:-4])  # no lag
+  spike = np.eye(1, 400, 200)[0]
+  np.testing.assert_allclose(smoothed(spike)[196:205].max(), 1 / 9)
+  np.testing.assert_allclose(smoothed(spike)[[195, 205]], 0, atol=1e-12)
