@@ -10,7 +10,7 @@ from cached_tx.data.builders import mahoney, pg19
 
 ARTICLES = [
   b" \n = Alpha = \n \n first <unk> words \n \n = = History = = \n \n more \n \n",
-  b" = Beta = Gamma = \n \n 1 = 1 = 1 \n = not a title = \n",
+  b" = Beta = Gamma = \n \n 1 = 1 = 1 \n = not a title = \n \n x \n \n = nor this = \n",
 ]
 
 

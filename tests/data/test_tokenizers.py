@@ -54,8 +54,8 @@ def test_bytes_ids():
 
 
 def test_words_are_ordered_by_frequency_then_bytes():
-  words = Words.from_corpus([TEXT, b"the end"])
-  # <eos> 5, the 4, = 2 and end 2, then the words that are there once
+  words = Words.from_corpus([b"the end", TEXT])
+  # <eos> 5, the 4, = 2 and end 2 (met before =), then the words that are there once
   assert words.words == [
     *(b"<eos>", b"the", b"=", b"end"),
     *(b"<unk>", b"A", b"Title", b"cat"),

@@ -20,7 +20,7 @@ NEEDS_PATH = True
 PUBLISHED_VOCABULARY = 267_735
 
 _FILES = dict(zip(SPLITS, ("train", "valid", "test"), strict=True))
-_TITLE = re.compile(rb"(?m)(?:(?<=^\n)|(?<=^ \n)) = (?!= )[^\n]+(?<! =) = \n(?= ?\n)")
+_TITLE = re.compile(rb"(?m)(?:(?<=^\n)|(?<=^ \n)) = (?!= )[^\n]+ = \n(?= ?\n)")
 
 
 class LocalWikitext103(LocalText):
@@ -52,9 +52,10 @@ class LocalWikitext103(LocalText):
     text = file.read_bytes()
     if not text:
       raise ValueError(f"{file} is empty")
-    titles = (match.start() for match in _TITLE.finditer(text))
-    inside = [begin for begin in titles if text[:begin].strip()]
-    for begin, end in pairwise([0, *inside, len(text)]):
+    titles = [match.start() for match in _TITLE.finditer(text)]
+    if titles and not text[: titles[0]].strip():
+      del titles[0]  # the empty line before it belongs to the first article
+    for begin, end in pairwise([0, *titles, len(text)]):
       yield text[begin:end]
 
 
