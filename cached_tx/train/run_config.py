@@ -14,7 +14,6 @@ import jax
 
 # Keys, or sections, that do not change what the finished steps have computed.
 MAY_CHANGE = (
-  "steps",
   "log_every",
   "save.every",
   "save.keep",

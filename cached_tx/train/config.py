@@ -1,0 +1,113 @@
+"""What a config holds: every key, checked before anything is built.
+
+A default lives in the config file or in the module that a section describes, never
+here: a key that is missing, or one key too many, is an error that names it.
+"""
+
+import difflib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+
+TOP = (
+  "seed",  # of parameters, dropout and the order of documents
+  "steps",
+  "batch",  # rows over all devices (B)
+  "segment",  # tokens between two updates of the memory (C)
+  "segments",  # per step: a step trains on segment x segments tokens of each row
+  "tbptt",  # segments that a gradient spans; divides segments
+  "log_every",  # steps between two lines of metrics.jsonl
+)
+SECTIONS: dict[str, tuple[str, ...]] = {
+  "data": ("name", "path", "tokenizer", "vocab"),
+  "model": (
+    "layers", "width", "heads", "mlp", "positions", "dropout", "dtype", "remat",
+    "pattern",
+  ),
+  "optimizer": (
+    "peak", "warmup", "floor", "decay", "b1", "b2", "clip", "accumulate", "ema",
+  ),
+  "mesh": ("data", "fsdp", "tensor", "sequence"),
+  "eval": ("every", "batch", "segments"),
+  "save": ("every", "keep"),
+}  # fmt: skip
+FREE = "memory"  # its keys are those of its kind
+
+
+def check(config: Mapping[str, Any]) -> None:
+  """Raises ValueError for keys that are missing, unknown, or out of range."""
+  _check_keys("", config, (*TOP, *SECTIONS, FREE))
+  for name, keys in SECTIONS.items():
+    _check_keys(f"{name}.", config[name], keys)
+  for key in ("steps", "batch", "segment", "segments", "tbptt", "log_every"):
+    if not isinstance(config[key], int) or config[key] < 1:
+      raise ValueError(f"{key} is {config[key]!r}; it must be an integer, 1 or more")
+  if config["segments"] % config["tbptt"]:
+    raise ValueError(
+      f"tbptt is {config['tbptt']}, which does not divide segments = "
+      f"{config['segments']}: the last gradient of a step would span fewer"
+    )
+  for section, key in (("eval", "every"), ("eval", "segments"), ("save", "every")):
+    if config[section][key] < 0:
+      raise ValueError(
+        f"{section}.{key} is {config[section][key]}; it must be 0 (off) or more"
+      )
+
+
+def _check_keys(prefix: str, given: Mapping[str, Any], wanted: tuple[str, ...]) -> None:
+  for key in given:
+    if key not in wanted:
+      near = difflib.get_close_matches(key, wanted, 1)
+      hint = f"; did you mean {prefix}{near[0]}?" if near else ""
+      raise ValueError(f"config key {prefix}{key} does not exist{hint}")
+  missing = [prefix + key for key in wanted if key not in given]
+  if missing:
+    raise ValueError(f"config lacks {', '.join(missing)}")
+
+
+def from_json(stored: Mapping[str, Any]) -> ConfigDict:
+  """A config as `config.json` holds it. Lists become tuples."""
+
+  def frozen(value):
+    if isinstance(value, Mapping):
+      return {k: frozen(v) for k, v in value.items()}
+    return tuple(map(frozen, value)) if isinstance(value, list) else value
+
+  return ConfigDict(frozen(stored)).lock()
+
+
+def to_json(config: ConfigDict) -> dict[str, Any]:
+  """The config as plain data."""
+  return json.loads(json.dumps(config.to_dict()))
+
+
+def overridden(config: ConfigDict, changes: list[str]) -> ConfigDict:
+  """The config with changes of the form memory.size=512; values are JSON or text.
+
+  Raises:
+    ValueError: a change without "=", of a key that does not exist, or to another type.
+  """
+  plain = to_json(config)
+  for change in changes:
+    key, found, text = change.partition("=")
+    if not found:
+      raise ValueError(f"{change!r} is no change of the form memory.size=512")
+    try:
+      value = json.loads(text)
+    except json.JSONDecodeError:
+      value = text
+    *sections, last = key.split(".")
+    place = plain
+    for section in sections:
+      place = place.get(section) if isinstance(place, dict) else None
+    if not isinstance(place, dict) or last not in place:
+      raise ValueError(f"config key {key} does not exist, so it cannot be changed")
+    old = place[last]
+    if isinstance(old, float) and isinstance(value, int):
+      value = float(value)
+    if type(old) is not type(value):
+      raise ValueError(f"config key {key} is {old!r}; {value!r} is of another type")
+    place[last] = value
+  return from_json(plain)

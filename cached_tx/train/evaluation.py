@@ -1,0 +1,117 @@
+"""How well a model predicts a whole stream, and what its memory is worth."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from cached_tx.data import EvaluationBatches, Tokens
+from cached_tx.models import DecoderLM
+from cached_tx.train import sharding
+from cached_tx.train.feed import Feed
+from cached_tx.types import Segment, State
+
+MEMORY = ("kept", "zeroed", "shuffled", "stale")
+STALE = 4  # segments
+
+
+class Evaluation(NamedTuple):
+  """Attributes:
+  nats: summed loss over all targets.
+  targets: how many there were, BOS and padding not counted.
+  """
+
+  nats: float
+  targets: int
+
+  @property
+  def loss(self) -> float:
+    """Nats per token."""
+    return self.nats / max(self.targets, 1)
+
+
+class Evaluator:
+  """Evaluates one model on one stream; compiled once for all parameters.
+
+  Attributes:
+    batches: of the stream, one segment long.
+  """
+
+  def __init__(
+    self, model: DecoderLM, tokens: Tokens, *, rows: int, mesh: Mesh, segments: int = 0
+  ):
+    """Cuts the stream into `rows` lanes.
+
+    Args:
+      model: without parameters.
+      tokens: all documents of the split.
+      rows: lanes; each but the first begins inside a document with an empty memory.
+      mesh: where the model runs.
+      segments: at most so many segments of every lane; 0: all.
+    """
+    self._model, self._mesh, self._rows = model, mesh, rows
+    self._feed = Feed(mesh, rows, model.segment)
+    self.batches = EvaluationBatches(
+      tokens,
+      rows=rows,
+      length=model.segment,
+      shard=self._feed.shard,
+      shards=self._feed.shards,
+    )
+    self._count = min(segments or len(self.batches), len(self.batches))
+    whole = sharding.replicated(mesh)
+    abstract = jax.eval_shape(lambda: model.initial_state(rows))
+    kept = sharding.memory_shardings(abstract, mesh)
+    self._empty = jax.jit(lambda: model.initial_state(rows), out_shardings=kept)
+    self._step = jax.jit(self._segment, out_shardings=((whole, whole), kept))
+
+  def __call__(self, params: Any, memory: str = "kept") -> Evaluation:
+    """Predicts every target once, and never with a later token's help.
+
+    Args:
+      params: of the model.
+      memory: what each segment reads: the memory that the row's past left (kept);
+        an empty one (zeroed); that of the row before it (shuffled); its own of
+        STALE segments ago (stale). The memory goes on being updated as if nothing
+        had happened.
+
+    Raises:
+      ValueError: an unknown choice, or fewer than 2 rows to shuffle.
+    """
+    if memory not in MEMORY:
+      raise ValueError(f"memory={memory!r} is unknown: one of {', '.join(MEMORY)}")
+    if memory == "shuffled" and self._rows < 2:
+      raise ValueError("memory='shuffled' needs 2 rows or more: change eval.batch")
+    empty = state = self._empty()
+    past, sums = [empty] * STALE, []
+    for index in range(self._count):
+      batch = self._feed(self.batches[index])
+      past = [*past[1:], state]
+      read = {
+        "kept": lambda: state,  # noqa: B023 - called at once
+        "zeroed": lambda: empty,
+        "shuffled": lambda: _rolled(state),  # noqa: B023
+        "stale": lambda: past[0],  # noqa: B023
+      }[memory]()
+      result, after = self._step(params, read, batch)
+      if memory in ("shuffled", "stale"):
+        _, after = self._step(params, state, batch)
+      state = after
+      sums.append(result)
+    nats, targets = zip(*jax.device_get(sums), strict=True)
+    return Evaluation(float(sum(map(float, nats))), int(sum(map(float, targets))))
+
+  def _segment(self, params: Any, state: State, batch: Any) -> Any:
+    logits, state, _ = self._model.apply(
+      {"params": params}, batch.tokens, state, Segment(batch.starts)
+    )
+    loss = optax.softmax_cross_entropy_with_integer_labels(logits, batch.targets)
+    return (jnp.sum(loss * batch.weights), batch.weights.sum()), state
+
+
+_rolled: Callable[[State], State] = jax.jit(
+  lambda state: jax.tree.map(lambda a: jnp.roll(a, 1, axis=1), state)
+)

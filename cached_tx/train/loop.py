@@ -1,0 +1,166 @@
+"""The training loop. It names no variant."""
+
+import logging
+import os
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+from ml_collections import ConfigDict
+
+from cached_tx.data import Batches, TrainStream, counts, tokenize
+from cached_tx.train import sharding
+from cached_tx.train.checkpoint import Checkpoints
+from cached_tx.train.config import to_json
+from cached_tx.train.evaluation import Evaluator
+from cached_tx.train.experiment import Experiment
+from cached_tx.train.feed import Feed
+from cached_tx.train.metrics import CompileCounter, MetricsLog
+from cached_tx.train.optimizer import make_optimizer
+from cached_tx.train.preemption import Preemption
+from cached_tx.train.run_config import check_config, write_config
+from cached_tx.train.state import TrainState, init_params, init_state, labels
+from cached_tx.train.step import compiled_step
+
+_log = logging.getLogger(__name__)
+
+
+class Result(NamedTuple):
+  """Attributes:
+  state: after the last step that was done.
+  finished: False if a signal ended the run early.
+  recompilations: of the training step, after the first step.
+  """
+
+  state: TrainState
+  finished: bool
+  recompilations: int
+
+
+def due(step: int, every: int) -> bool:
+  """Whether something is due after `step` finished steps; 0 means never."""
+  return every > 0 and step % every == 0
+
+
+def train(config: ConfigDict, workdir: str | os.PathLike) -> Result:
+  """Trains, or continues, the run of `workdir` until `config.steps`.
+
+  Parameters, optimiser, memory, step and thereby dropout and the position of the
+  input are saved together, so a run that was killed continues bit for bit.
+
+  Args:
+    config: as of configs/; checked.
+    workdir: gets config.json, checkpoints, metrics.jsonl, tensorboard.
+
+  Raises:
+    ValueError: a config that cannot be run, or that differs from the workdir's.
+    FloatingPointError: a loss or norm is not finite.
+  """
+  experiment = Experiment(config)
+  model, mesh = experiment.model, experiment.mesh
+  check_config(workdir, to_json(config))
+  write_config(workdir, to_json(config))
+  batch, length = config.batch, config.segment * config.segments
+  feed = Feed(mesh, batch, length)
+  stream = TrainStream(
+    tokenize(experiment.documents("train"), experiment.tokenizer),
+    rows=batch,
+    length=length,
+    seed=config.seed,
+    shard=feed.shard,
+    shards=feed.shards,
+  )
+  with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
+    return _run(experiment, workdir, stream, feed)
+
+
+def _run(
+  experiment: Experiment, workdir: str | os.PathLike, stream: TrainStream, feed: Feed
+) -> Result:
+  config, model, mesh = experiment.config, experiment.model, experiment.mesh
+  options = dict(config.optimizer)
+  ema = options.pop("ema")
+  boxed = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
+  groups = labels(model, sharding.unboxed(boxed))
+  optimizer = make_optimizer(groups, steps=config.steps, **options)
+  state, shardings = init_state(
+    model, optimizer, seed=config.seed, batch=config.batch, ema=ema, mesh=mesh
+  )
+  step_fn = compiled_step(
+    shardings,
+    sharding.replicated(mesh),
+    model=model,
+    optimizer=optimizer,
+    labels=groups,
+    ema=ema,
+  )
+  validation = _validation(experiment)
+  save = config.save
+  with Checkpoints(workdir, keep=save.keep, every=save.every) as checkpoints:
+    target = jax.tree.map(
+      lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), state, shardings
+    )
+    restored = checkpoints.restore_latest(target)
+    if restored is not None:
+      state = restored[0]
+      _log.info("continuing at step %d", int(state.step))
+    start = int(state.step)
+    scores: dict[str, float] = {}
+
+    def keep(step: int) -> None:
+      log.flush()  # raises on a non-finite loss or norm, before it is saved
+      checkpoints.save(step, state, {"step": step}, scores or None)
+
+    with (
+      Preemption() as preemption,
+      CompileCounter() as compiled,
+      Batches(stream, start=start) as batches,
+      MetricsLog(
+        workdir,
+        config.steps,
+        start=start,
+        every=config.log_every,
+        tokens_per_step=config.batch * stream.length,
+        bytes_per_token=_bytes_per_token(experiment, validation),
+        last_checkpoint=checkpoints.latest_step,
+      ) as log,
+    ):
+      step, first = start, 0
+      for step in range(start + 1, config.steps + 1):
+        state, metrics = step_fn(state, feed(next(batches)))
+        log.push(step - 1, metrics)
+        first = first or compiled.counts["train_step"]
+        scores = {}
+        if due(step, config.eval.every):
+          params = state.ema if ema else state.params
+          scores = {"loss": validation(params).loss}
+          log.write(step - 1, scores)
+        leaving = preemption.reached(step)
+        if due(step, save.every) or leaving or step == config.steps:
+          keep(step)
+        if leaving:
+          break
+      again = compiled.counts["train_step"] - first
+      log.event(
+        "end", step=step, recompilations=again, compile_seconds=compiled.seconds
+      )
+    return Result(state, step == config.steps, again)
+
+
+def _validation(experiment: Experiment) -> Evaluator:
+  config = experiment.config
+  return Evaluator(
+    experiment.model,
+    tokenize(experiment.documents("validation"), experiment.tokenizer),
+    rows=config.eval.batch,
+    mesh=experiment.mesh,
+    segments=config.eval.segments,
+  )
+
+
+def _bytes_per_token(experiment: Experiment, validation: Evaluator) -> float:
+  """1 for bytes; else measured on the validation split."""
+  if experiment.tokenizer.name == "bytes":
+    return 1.0
+  size = counts(experiment.documents("validation")).bytes
+  return size / validation.batches.targets

@@ -1,0 +1,113 @@
+"""All that a training step reads and writes."""
+
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from cached_tx.models import DecoderLM
+from cached_tx.train import sharding
+from cached_tx.train.optimizer import AUXILIARY, MAIN
+from cached_tx.types import Segment
+
+
+@flax.struct.dataclass
+class TrainState:
+  """A value: donated to each step, saved whole, sharded like the batch where it leads
+  with rows.
+
+  Attributes:
+    step: finished steps, int32. It is also the position of the input.
+    params: float32.
+    opt_state: of the optimiser.
+    memory: the model's state; leaves lead with G, then B.
+    rng: folded with the step for every draw.
+    ema: moving average of params, or () where there is none.
+  """
+
+  step: jax.Array
+  params: Any
+  opt_state: Any
+  memory: Any
+  rng: jax.Array
+  ema: Any = ()
+
+
+def init_params(model: DecoderLM, key: jax.Array) -> Any:
+  """Parameters, boxed with their logical axis names."""
+  tokens = jnp.zeros((1, model.segment), jnp.int32)
+  starts = jnp.zeros((1, model.segment), bool)
+  variables = model.init(key, tokens, model.initial_state(1), Segment(starts))
+  return variables["params"]
+
+
+def labels(model: DecoderLM, params: Any) -> Any:
+  """MAIN or AUXILIARY for each parameter: which gradient reaches it."""
+  names = {name for memory in model.memories for name in memory.auxiliary}
+
+  def label(path, _):
+    keys = {str(getattr(p, "key", p)) for p in path}
+    return AUXILIARY if keys & names else MAIN
+
+  return jax.tree_util.tree_map_with_path(label, params)
+
+
+def init_state(
+  model: DecoderLM,
+  optimizer: optax.GradientTransformation,
+  *,
+  seed: int,
+  batch: int,
+  ema: float,
+  mesh: Mesh,
+) -> tuple[TrainState, TrainState]:
+  """A state at step 0, born sharded, and its shardings.
+
+  Args:
+    model: the network.
+    optimizer: whose state is wanted.
+    seed: of the parameters and of all later draws.
+    batch: B, rows over all devices.
+    ema: decay of the parameters' moving average; 0 keeps none.
+    mesh: where the arrays go.
+
+  Raises:
+    ValueError: if the rows do not divide among the devices of the mesh.
+  """
+  shared = mesh.shape["data"] * mesh.shape["fsdp"]
+  if batch % shared:
+    raise ValueError(
+      f"batch is {batch} rows, which mesh.data x mesh.fsdp = {shared} does not divide"
+    )
+  key, rng = jax.random.split(jax.random.key(seed))
+
+  def make() -> TrainState:
+    params = sharding.unboxed(init_params(model, key))
+    return TrainState(
+      step=jnp.zeros((), jnp.int32),
+      params=params,
+      opt_state=optimizer.init(params),
+      memory=model.initial_state(batch),
+      rng=rng,
+      ema=jax.tree.map(jnp.copy, params) if ema else (),
+    )
+
+  abstract = jax.eval_shape(make)
+  boxed = jax.eval_shape(lambda: init_params(model, key))
+  params = sharding.parameter_shardings(boxed, mesh)
+  whole = sharding.replicated(mesh)
+  shardings = TrainState(
+    step=whole,
+    params=params,
+    opt_state=sharding.like_parameters(
+      abstract.opt_state, abstract.params, params, mesh
+    ),
+    memory=sharding.memory_shardings(abstract.memory, mesh),
+    rng=whole,
+    ema=params if ema else (),
+  )
+  return jax.jit(make, out_shardings=shardings)(), shardings
