@@ -1,7 +1,12 @@
 # Needs GNU make and Python >= 3.11 with pip; everything else goes into .venv.
 
-# The Python that .venv is made of. Set it to choose: make test PYTHON=python3.12
-PYTHON ?= python3
+# The Python that .venv is made of: the first of these that is new enough, or the one
+# that is named: make test PYTHON=python3.12
+ifeq ($(origin PYTHON),undefined)
+PYTHONS := python3 python3.13 python3.12 python3.11
+else
+PYTHONS := $(PYTHON)
+endif
 ARGS ?=
 
 VENV := .venv
@@ -53,16 +58,16 @@ clean: ## remove .venv, caches and build products (runs/ stays)
 	rm -rf $(VENV) .cache .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist *.egg-info
 	find cached_tx configs tests benchmarks launch -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 
-# The first Python that is new enough, or a message. A pyenv shim may exist and not run.
+# A version manager's command may exist and still not run, so each one is tried.
 $(PY):
-	@for python in "$(PYTHON)" python3.12 python3.11 python3.13; do \
+	@for python in $(PYTHONS); do \
 	  if "$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
 	    echo "Making $(VENV) with $$("$$python" --version)"; \
 	    exec "$$python" -m venv $(VENV); \
 	  fi; \
 	done; \
-	echo "cached_tx needs Python 3.11 or newer; '$(PYTHON)' is" \
-	  "$$("$(PYTHON)" --version 2>&1 | head -n 1). Name one: make PYTHON=/path/to/python3.12" >&2; \
+	echo "cached_tx needs Python 3.11 or newer, and none of these is: $(PYTHONS)." \
+	  "Name one: make PYTHON=/path/to/python3.12" >&2; \
 	exit 1
 
 # The build lock comes first: one dependency is source only, and is built without a

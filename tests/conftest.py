@@ -22,6 +22,7 @@ import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_legacy_prng_key", "error")  # keys are typed: jax.random.key
 
 hypothesis.settings.register_profile(
   "repeatable", derandomize=True, deadline=None, max_examples=25, database=None
