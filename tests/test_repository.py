@@ -63,7 +63,7 @@ def test_setup_and_changelog_state_the_version_of_the_package():
 def test_the_search_finds_what_it_is_for():
   assert forbidden("cd " + "/".join(["", "root", "project"]))
   assert forbidden(f"pip install {'-' * 2}index-url=somewhere")
-  assert not forbidden("see https://example.com/home/index and ./root/file")
+  assert not forbidden("see https://example.com/home/index/ and ../home/me/file")
 
 
 def test_no_file_names_a_machine_or_a_package_index():
