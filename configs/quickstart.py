@@ -22,10 +22,12 @@ def get_config(mode="full"):
       width=192,
       heads=4,
       mlp=768,
+      activation="relu2",
       positions="rotary",
       dropout=0.0,
       dtype="float32",
       remat="none",
+      unroll=4,
       pattern=(),
     )
   )

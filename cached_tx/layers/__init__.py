@@ -10,7 +10,7 @@ from cached_tx.layers.base import MemoryAttention
 from cached_tx.layers.block import Block
 from cached_tx.layers.clock import Stream
 from cached_tx.layers.gated import GatedAttention, GatedState
-from cached_tx.layers.mlp import MLP
+from cached_tx.layers.mlp import ACTIVATIONS, MLP
 from cached_tx.layers.slots import SlotAttention
 from cached_tx.layers.sums import SumsAttention
 from cached_tx.memory import MemoryModule
@@ -30,6 +30,7 @@ def attention_for(memory: MemoryModule, **options: Any) -> MemoryAttention:
 
 
 __all__ = [
+  "ACTIVATIONS",
   "MLP",
   "READERS",
   "Block",

@@ -29,7 +29,7 @@ class Block(nn.Module):
   def setup(self) -> None:
     """Makes the norms."""
     init = nn.with_logical_partitioning(nn.initializers.ones, ("embed",))
-    norm = lambda: nn.LayerNorm(  # noqa: E731
+    norm = lambda: nn.LayerNorm(
       dtype=self.dtype, epsilon=1e-5, use_bias=False, scale_init=init
     )
     self.attention_norm, self.mlp_norm = norm(), norm()

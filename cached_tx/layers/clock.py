@@ -2,7 +2,7 @@
 
 A module with a clock offers two methods:
 
-  read(queries, index, tokens, starts, memory, deterministic) -> pytree of arrays B Q ...
+  read(queries, index, tokens, starts, memory, deterministic) -> arrays that lead with B Q
     what the queries, standing at `index` among the C tokens of their segment, find
     in the memory and in the tokens up to their own. None: all C, in order;
   fold(tokens, starts, memory) -> (memory, losses)
@@ -13,14 +13,14 @@ once. A `Stream` also carries the unfinished segment; it takes any number of tok
 any rows at any phase, one after the other, and gives the same results.
 """
 
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from cached_tx.types import DType, Hidden, Index, Losses, Mask, Segment, State
+from cached_tx.types import DType, Hidden, Index, Losses, Segment, State
 
 
 class Stream(NamedTuple):
@@ -32,6 +32,7 @@ class Stream(NamedTuple):
   phase: Index  # how many of them there are, below C; int32
 
 
+@runtime_checkable
 class Clocked(Protocol):
   """A module that `run` can drive."""
 

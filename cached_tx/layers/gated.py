@@ -65,9 +65,7 @@ class GatedAttention(MemoryAttention):
   @nn.nowrap
   def initial_state(self, batch: int) -> GatedState:
     """The empty memory of `batch` rows, at the boundary of a segment."""
-    return GatedState(
-      super().initial_state(batch), self._inner().initial_state(batch)
-    )
+    return GatedState(super().initial_state(batch), self._inner().initial_state(batch))
 
   @nn.nowrap
   def open_stream(self, state: GatedState, batch: int) -> GatedState:

@@ -1,23 +1,35 @@
 """The position-wise network of a block."""
 
+from collections.abc import Callable
+
 import flax.linen as nn
 import jax.numpy as jnp
+from jaxtyping import Array
 
 from cached_tx.layers.projections import kernel_init
 from cached_tx.types import DType, Hidden
 
 
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+  "gelu": nn.gelu,  # tanh form
+  "relu": nn.relu,
+  "relu2": lambda x: jnp.square(nn.relu(x)),  # So et al., 2021, arXiv:2109.08668
+}
+
+
 class MLP(nn.Module):
-  """Dense, GELU (tanh form), Dense.
+  """Dense, activation, Dense.
 
   Attributes:
     hidden: F.
+    activation: a key of ACTIVATIONS.
     output_scale: variance of the second kernel, relative to 1 / fan-in.
     dropout: rate on the output.
     dtype: of the computation. Parameters are float32.
   """
 
   hidden: int
+  activation: str = "gelu"
   output_scale: float = 1.0
   dropout: float = 0.0
   dtype: DType = jnp.float32
@@ -39,5 +51,5 @@ class MLP(nn.Module):
       kernel_init=kernel_init(self.output_scale, 1, ("mlp", "embed")),
       bias_init=nn.with_logical_partitioning(nn.initializers.zeros, ("embed",)),
       name="down",
-    )(nn.gelu(h))
+    )(ACTIVATIONS[self.activation](h))
     return nn.Dropout(self.dropout)(y, deterministic=deterministic)

@@ -83,7 +83,7 @@ class SlotAttention(MemoryAttention):
       q = q + (self.content_bias * self.head_width**-0.5).astype(q.dtype)[None, None]
     drop = None
     if self.dropout and not deterministic:
-      drop = lambda p: self.drop(p, deterministic=False)  # noqa: E731
+      drop = lambda p: self.drop(p, deterministic=False)
     return softmax_attention(q, k, v, mask, scores, drop)
 
   def fold(
@@ -105,16 +105,14 @@ class SlotAttention(MemoryAttention):
     r = self.distance(table[None])[0]  # S H K
     q = q + (self.distance_bias * self.head_width**-0.5).astype(q.dtype)[None, None]
     scores = jnp.einsum("bqhk,whk->bhqw", q, r)
-    if Q == self.segment and place.shape[0] == 1:
+    if self.segment == Q and place.shape[0] == 1:
       return by_key(scores, S)
     distance = place[:, :, None] - jnp.arange(S, dtype=jnp.int32)[None, None]
     column = jnp.clip(S - 1 - distance, 0, S - 1)[:, None]  # B 1 Q S
     column = jnp.broadcast_to(column, scores.shape)
     return jnp.take_along_axis(scores, column, axis=3)
 
-  def _reconstruction(
-    self, tokens: Hidden, starts: Mask, replaced: Replaced
-  ) -> PerRow:
+  def _reconstruction(self, tokens: Hidden, starts: Mask, replaced: Replaced) -> PerRow:
     """How far attention over the slots is from attention over what they replaced.
 
     Algorithm 2 of Rae et al., 2019: content alone, no positions; the norm of the
@@ -124,14 +122,15 @@ class SlotAttention(MemoryAttention):
     """
     queries = jax.lax.stop_gradient(tokens)
     q = self.query(queries, frozen=True) * self.head_width**-0.5
-    attend = lambda slots: softmax_attention(  # noqa: E731
+    attend = lambda slots: softmax_attention(
       q,
       self.key(slots.values, frozen=True),
       self.value(slots.values, frozen=True),
       slots.valid[:, None],
     )
     wanted = jax.lax.stop_gradient(attend(replaced.old))
-    gap = (attend(replaced.new) - wanted).astype(jnp.float32)
+    gap = attend(replaced.new) - wanted
+    gap = gap.astype(jnp.promote_types(gap.dtype, jnp.float32))
     documents = document_ids(starts)
     own = (documents == documents[:, -1:]) & replaced.new.valid.any(axis=1)[:, None]
     square = jnp.where(own[..., None, None], gap * gap, 0).sum(axis=(1, 2, 3))

@@ -23,8 +23,8 @@ TOP = (
 SECTIONS: dict[str, tuple[str, ...]] = {
   "data": ("name", "path", "tokenizer", "vocab"),
   "model": (
-    "layers", "width", "heads", "mlp", "positions", "dropout", "dtype", "remat",
-    "pattern",
+    "layers", "width", "heads", "mlp", "activation", "positions", "dropout", "dtype",
+    "remat", "unroll", "pattern",
   ),
   "optimizer": (
     "peak", "warmup", "floor", "decay", "b1", "b2", "clip", "accumulate", "ema",
@@ -105,6 +105,7 @@ def overridden(config: ConfigDict, changes: list[str]) -> ConfigDict:
     if not isinstance(place, dict) or last not in place:
       raise ValueError(f"config key {key} does not exist, so it cannot be changed")
     old = place[last]
+    value = text if isinstance(old, str) else value
     if isinstance(old, float) and isinstance(value, int):
       value = float(value)
     if type(old) is not type(value):
