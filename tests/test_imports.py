@@ -20,7 +20,8 @@ ORDER = (
   ("layers",),
   ("models",),
   ("train",),
-  ("evaluate", "generate", "inspect", "load"),
+  ("baselines", "evaluate", "generate", "inspect", "load"),
+  ("report",),
   ("main",),
 )
 RANK = {unit: rank for rank, units in enumerate(ORDER) for unit in units}
