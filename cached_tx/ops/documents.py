@@ -21,7 +21,7 @@ def last_document(starts: Mask) -> tuple[Index, Index]:
 
 def causal_mask(
   documents: Int[Array, "B L"],
-  index: Int[Array, "B Q"],
+  index: Int[Array, "#B Q"],
   query_documents: Int[Array, "B Q"],
 ) -> Bool[Array, "B Q L"]:
   """True where a query at `index` may see a token: not later, same document."""
