@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 
 from absl import app, flags, logging
 
+STOPPED = 143  # 128 + SIGTERM: what launchers take for "start me again"
+
 
 class Command(NamedTuple):
   """One word of the command line.
@@ -48,13 +50,19 @@ def _train(values: Any) -> int:
   from cached_tx.train.loop import train
 
   result = train(values.config, values.workdir)
-  return 0 if result.finished else 143
+  if result.finished:
+    return 0
+  done, steps = int(result.state.step), values.config.steps
+  print(
+    f"cached-tx: stopped by a signal after step {done} of {steps}, which is saved; the"
+    f" same command continues there (exit status {STOPPED})",
+    file=sys.stderr,
+  )
+  return STOPPED
 
 
 COMMANDS = {
-  "train": Command(
-    "train, or continue, the model of a config", _define_train, _train
-  ),
+  "train": Command("train, or continue, the model of a config", _define_train, _train),
 }
 
 
