@@ -1,10 +1,10 @@
 """What a config describes: the same for training, evaluation and generation."""
 
 import os
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
-import flax.linen as nn
 import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -13,7 +13,7 @@ from cached_tx.data import Documents, Tokenizer, documents, make_tokenizer
 from cached_tx.models import DecoderLM, build_model
 from cached_tx.train import sharding
 from cached_tx.train.checkpoint import Checkpoints
-from cached_tx.train.config import check, from_json
+from cached_tx.train.config import check, from_json, overridden
 from cached_tx.train.run_config import read_config
 from cached_tx.train.state import init_params
 
@@ -25,28 +25,45 @@ class Experiment:
     config: checked.
   """
 
-  def __init__(self, config: ConfigDict):
+  def __init__(self, config: ConfigDict, mesh: Mesh | None = None):
     """Checks the config.
+
+    Args:
+      config: all of it.
+      mesh: what to use instead of the config's mesh.
 
     Raises:
       ValueError: naming the key, for a config that cannot be run.
     """
     check(config.to_dict())
     self.config = config
+    self._mesh = mesh
 
   @classmethod
-  def of(cls, workdir: str | os.PathLike) -> "Experiment":
+  def of(
+    cls,
+    workdir: str | os.PathLike,
+    *,
+    changes: Sequence[str] = (),
+    mesh: Mesh | None = None,
+  ) -> "Experiment":
     """The experiment that was run in `workdir`.
+
+    Args:
+      workdir: of the training run.
+      changes: to its config, each of the form memory.size=512.
+      mesh: what to use instead of the config's mesh.
 
     Raises:
       FileNotFoundError: no config.json there.
+      ValueError: a change that cannot be made.
     """
     stored = read_config(workdir)
     if stored is None:
       raise FileNotFoundError(
         f"{os.fspath(workdir)} has no config.json: train there first (--workdir)"
       )
-    return cls(from_json(stored))
+    return cls(overridden(from_json(stored), list(changes)), mesh)
 
   def documents(self, split: str) -> Documents:
     """The documents of a split: train, validation or test."""
@@ -67,6 +84,8 @@ class Experiment:
   @cached_property
   def mesh(self) -> Mesh:
     """Devices, by axis."""
+    if self._mesh is not None:
+      return self._mesh
     return sharding.make_mesh(**self.config.mesh)
 
   def abstract_params(self) -> Any:

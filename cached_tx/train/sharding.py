@@ -45,6 +45,12 @@ def make_mesh(data: int, fsdp: int, tensor: int, sequence: int) -> Mesh:
   return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
+def one_device() -> Mesh:
+  """The mesh of this process's first device, whatever others there are."""
+  devices = np.array(jax.local_devices()[:1]).reshape((1,) * len(AXES))
+  return Mesh(devices, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
 def unboxed(params: Any) -> Any:
   """The arrays in their boxes, without a constraint on where they lie."""
   return jax.tree.map(

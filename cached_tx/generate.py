@@ -1,0 +1,298 @@
+"""Text from a model, token by token, in memory that does not grow."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
+from io import BufferedIOBase
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from cached_tx.data import Tokenizer
+from cached_tx.layers import Stream
+from cached_tx.load import Loaded
+from cached_tx.models import DecoderLM
+from cached_tx.types import Segment, State
+
+CHUNK = 16  # tokens that one call of the device samples; changes speed, not results
+_WINDOW = 8  # ids that are decoded together
+
+
+class _Carry(NamedTuple):
+  """Where a generation stands between two chunks. Donated to the next."""
+
+  state: State
+  sampled: Int[Array, "B"]  # what the last logits gave
+  number: Int[Array, ""]  # how many were sampled; below 0 within the prompt
+
+
+class _Sampling(NamedTuple):
+  """The numbers of `generate`, on the device: changing them compiles nothing."""
+
+  temperature: Float[Array, ""]
+  top_k: Int[Array, ""]
+  top_p: Float[Array, ""]
+  seed: Int[Array, ""]
+
+
+def generate(
+  model: DecoderLM,
+  params: Any,
+  prompt_ids: Sequence[int] | Sequence[Sequence[int]] | np.ndarray,
+  *,
+  bos: int,
+  length: int | None = None,
+  temperature: float | int = 1.0,
+  top_k: int = 0,
+  top_p: float | int = 1.0,
+  seed: int = 0,
+  batch: int = 1,
+  state: State | None = None,
+) -> Iterator[Any]:
+  """Continues a prompt.
+
+  The prompt's whole segments are read in parallel, the rest and what is sampled one
+  token after the other, which gives what the parallel pass would give. Token n is a
+  function of the logits, the seed, n and the row alone.
+
+  Args:
+    model: the network.
+    params: its parameters.
+    prompt_ids: one row (S) that all rows share, or one per row (B S), S >= 1; a
+      document begins with BOS.
+    bos: the id that begins a document; sampled like any other, and the memory then
+      starts anew.
+    length: how many tokens to sample; None: without end.
+    temperature: divides the logits; 0 takes the most likely token.
+    top_k: samples from the k most likely tokens; 0: from all.
+    top_p: then from the fewest that together have this probability.
+    seed: of the draws.
+    batch: B, rows.
+    state: of the tokens before the prompt, from `initial_state`, `open_stream` or a
+      call of the model; None: nothing came before. It stays valid.
+
+  Yields:
+    Ids: an int where B is 1, otherwise an int32 array of B.
+
+  Raises:
+    ValueError: a number out of its range, or a prompt that does not fit.
+  """
+  prompt = _checked(model, prompt_ids, batch, length, temperature, top_k, top_p)
+  if state is None:
+    state = model.initial_state(batch)
+  state, rest = _read_segments(model, params, prompt, bos, state)
+  carry = _Carry(
+    jax.tree.map(jnp.copy, model_stream(model, state, batch)),
+    jnp.zeros((batch,), jnp.int32),
+    jnp.asarray(1 - rest.shape[1], jnp.int32),
+  )
+  sampling = _Sampling(
+    jnp.float32(temperature), jnp.int32(top_k), jnp.float32(top_p), jnp.int32(seed)
+  )
+  greedy, cut = temperature == 0, bool(top_k) or top_p < 1
+  return _tokens(
+    partial(_chunk, model, greedy, cut, bos, params, sampling), carry, rest, length
+  )
+
+
+def _checked(
+  model: DecoderLM, ids: Any, batch: int, length: Any, temperature: Any, k: int, p: Any
+) -> np.ndarray:
+  """The prompt, B S, int32."""
+  if batch < 1:
+    raise ValueError(f"batch is {batch}; it must be 1 row or more")
+  if length is not None and length < 0:
+    raise ValueError(f"length is {length}; it counts tokens: 0 or more")
+  if not temperature >= 0:
+    raise ValueError(f"temperature is {temperature}; it must be 0 (greedy) or more")
+  if k < 0:
+    raise ValueError(f"top_k is {k}; it must be 0 (all tokens) or more")
+  if not 0 < p <= 1:
+    raise ValueError(f"top_p is {p}; it must be above 0 and at most 1")
+  prompt = np.asarray(ids)
+  if prompt.ndim == 1:
+    prompt = np.broadcast_to(prompt, (batch, len(prompt)))
+  if prompt.ndim != 2 or len(prompt) != batch or not prompt.size:
+    raise ValueError(
+      f"the prompt has shape {np.shape(ids)}; it must be (S,) or ({batch}, S), and S "
+      "at least 1: begin a document with BOS"
+    )
+  if prompt.min() < 0 or prompt.max() >= model.vocab:
+    raise ValueError(
+      f"the prompt has ids from {prompt.min()} to {prompt.max()}; the model has 0 to "
+      f"{model.vocab - 1}"
+    )
+  return prompt.astype(np.int32)
+
+
+def is_stream(state: State) -> bool:
+  """Whether a layer's memory stands within a segment, as far as types tell."""
+  stream = lambda s: isinstance(s, Stream)
+  return any(map(stream, jax.tree.leaves(state, is_leaf=stream)))
+
+
+def model_stream(model: DecoderLM, state: State, batch: int) -> State:
+  """The state as one that takes any number of tokens."""
+  return state if is_stream(state) else model.open_stream(state, batch)
+
+
+def _read_segments(
+  model: DecoderLM, params: Any, prompt: np.ndarray, bos: int, state: State
+) -> tuple[State, np.ndarray]:
+  """Reads whole segments, each at once; at least one token of the prompt is left."""
+  C = model.segment
+  whole = 0 if is_stream(state) else (prompt.shape[1] - 1) // C * C
+  for begin in range(0, whole, C):
+    ids = prompt[:, begin : begin + C]
+    state = _read(model, params, ids, ids == bos, state)
+  return state, prompt[:, whole:]
+
+
+@partial(jax.jit, static_argnums=0)
+def _read(model: DecoderLM, params: Any, ids: Any, starts: Any, state: State) -> State:
+  return model.apply({"params": params}, ids, state, Segment(starts))[1]
+
+
+def _tokens(
+  step: Any, carry: _Carry, rest: np.ndarray, length: int | None
+) -> Iterator[Any]:
+  """Yields samples, while the device computes the next chunk."""
+  batch, left = rest.shape
+  skip = left - 1  # outputs that are the prompt's own
+  total = None if length is None else skip + length
+  done = at = 0
+  pending: Any = None
+  while total is None or done < total:
+    ahead = None
+    if total is None or at < total:
+      forced = np.full((CHUNK, batch), -1, np.int32)
+      piece = rest[:, at : at + CHUNK].T
+      forced[: len(piece)] = piece
+      carry, ahead = step(carry, forced)
+      at += CHUNK
+    for sampled in () if pending is None else np.asarray(pending):
+      if done >= skip and (total is None or done < total):
+        yield int(sampled[0]) if batch == 1 else sampled
+      done += 1
+    pending = ahead
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2, 3), donate_argnums=6)
+def _chunk(
+  model: DecoderLM,
+  greedy: bool,
+  cut: bool,
+  bos: int,
+  params: Any,
+  sampling: _Sampling,
+  carry: _Carry,
+  forced: Int[Array, "n B"],
+) -> tuple[_Carry, Int[Array, "n B"]]:
+  """Reads n tokens: the forced ones, and where those are -1, what was sampled."""
+
+  def one(carry: _Carry, forced: Int[Array, "B"]) -> tuple[_Carry, Int[Array, "B"]]:
+    token = jnp.where(forced >= 0, forced, carry.sampled)[:, None]
+    logits, state, _ = model.apply(
+      {"params": params}, token, carry.state, Segment(token == bos)
+    )
+    sampled = _sample(logits[:, 0], carry.number, sampling, greedy, cut)
+    return _Carry(state, sampled, carry.number + 1), sampled
+
+  return jax.lax.scan(one, carry, forced)
+
+
+def _sample(
+  logits: Float[Array, "B V"],
+  number: Int[Array, ""],
+  sampling: _Sampling,
+  greedy: bool,
+  cut: bool,
+) -> Int[Array, "B"]:
+  """Token `number` of every row."""
+  if greedy:
+    return jnp.argmax(logits, axis=1).astype(jnp.int32)
+  logits = logits / sampling.temperature
+  ids = jnp.broadcast_to(jnp.arange(logits.shape[1]), logits.shape)
+  if cut:
+    ids = jnp.argsort(-logits, axis=1)
+    logits = jnp.take_along_axis(logits, ids, axis=1)
+    kept = jnp.where(sampling.top_k > 0, sampling.top_k, logits.shape[1])
+    logits = jnp.where(jnp.arange(logits.shape[1])[None] < kept, logits, -jnp.inf)
+    shares = jax.nn.softmax(logits, axis=1)
+    before = jnp.cumsum(shares, axis=1) - shares
+    logits = jnp.where(before < sampling.top_p, logits, -jnp.inf)
+  key = jax.random.fold_in(jax.random.key(sampling.seed), number)
+  keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(len(logits)))
+  place = jax.vmap(jax.random.categorical)(keys, logits)
+  return jnp.take_along_axis(ids, place[:, None], axis=1)[:, 0].astype(jnp.int32)
+
+
+def decoded(
+  tokenizer: Tokenizer, ids: Iterable[int], before: Sequence[int] = ()
+) -> Iterator[bytes]:
+  """The text of ids as they come. A UTF-8 character may come in several pieces.
+
+  Args:
+    tokenizer: of the ids.
+    ids: any; BOS has no text.
+    before: what precedes them (the last few are enough): SentencePiece decodes a
+      space only between pieces.
+  """
+  if tokenizer.name == "bytes":
+    for i in ids:
+      yield tokenizer.decode(np.array([i], np.int32))
+    return
+  recent = list(before)[-_WINDOW:]
+  shown = tokenizer.decode(np.array(recent, np.int32))
+  for i in ids:
+    recent.append(i)
+    text = tokenizer.decode(np.array(recent, np.int32))
+    if text.endswith("\ufffd".encode()) and len(recent) < 2 * _WINDOW:
+      continue  # bytes of a character that is not complete yet
+    yield text[len(shown) :]
+    recent = recent[-_WINDOW:]
+    shown = tokenizer.decode(np.array(recent, np.int32))
+
+
+def write(
+  own: Loaded,
+  prompt: bytes,
+  out: BufferedIOBase,
+  *,
+  tokens: int,
+  keep_going: bool = False,
+  **options: Any,
+) -> int:
+  """Writes a continuation of `prompt`, each token as soon as there is one.
+
+  Args:
+    own: the model.
+    prompt: the document so far; may be empty.
+    out: gets the raw bytes, flushed.
+    tokens: at most so many.
+    keep_going: where the model ends the document, go on with a new one, after an
+      empty line; otherwise stop there.
+    options: as of `generate`.
+
+  Returns:
+    How many tokens were sampled.
+  """
+  ids = own.ids(prompt)[0]
+  bos, count = own.tokenizer.bos, 0
+
+  def sampled() -> Iterator[int]:
+    nonlocal count
+    for i in generate(own.model, own.params, ids, bos=bos, length=tokens, **options):
+      count += 1
+      if i == bos:
+        out.write(b"\n\n")
+        if not keep_going:
+          return
+      yield i
+
+  for piece in decoded(own.tokenizer, sampled(), ids.tolist()):
+    out.write(piece)
+    out.flush()
+  return count

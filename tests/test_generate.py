@@ -1,0 +1,180 @@
+"""Generation: equal to the full forward pass, repeatable, streaming, of flat memory."""
+
+import io
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from cached_tx import generate as module
+from cached_tx.data import make_tokenizer
+from cached_tx.generate import decoded, generate, is_stream, write
+from cached_tx.load import Loaded
+from cached_tx.train.metrics import CompileCounter
+from tests.kinds import MEMORIES, V, parallel, toy
+
+BOS = V - 1
+LENGTH = 12  # a whole number of segments
+
+
+def full_greedy(own, prompt, length):
+  """Greedy tokens by a whole forward pass for each of them."""
+  tokens = np.zeros((1, LENGTH), np.int32)  # what comes later cannot matter
+  tokens[0, : len(prompt)] = prompt
+  for at in range(len(prompt), len(prompt) + length):
+    logits, _, _ = parallel(own, tokens, tokens == BOS)
+    tokens[0, at] = np.argmax(logits[0, at - 1])
+  return tokens[0, len(prompt) : len(prompt) + length].tolist()
+
+
+@pytest.mark.parametrize("kind", MEMORIES)
+def test_greedy_equals_the_full_forward_pass(kind):
+  own = toy(kind)
+  prompt = [BOS, 3, 1, 4, 1, 5]  # one whole segment and two tokens more
+  options = {"bos": BOS, "length": 6, "temperature": 0}
+  got = list(generate(own.model, own.params, prompt, **options))
+  assert got == full_greedy(own, prompt, 6)
+
+
+def sample(prompt=(BOS, 1, 2), *, kind="xl", **options):
+  own = toy(kind)
+  options = {"bos": BOS, "length": 20, **options}
+  return list(generate(own.model, own.params, prompt, **options))
+
+
+def test_samples_depend_on_the_seed_alone(monkeypatch):
+  want = sample(seed=1)
+  assert sample(seed=1) == want
+  assert sample(seed=2) != want
+  assert sample(seed=1, length=7) == want[:7]
+  assert sample(seed=1, length=0) == []
+  monkeypatch.setattr(module, "CHUNK", 3)
+  assert sample(seed=1) == want
+
+
+def test_rows_are_drawn_apart_and_do_not_depend_on_their_number():
+  rows = np.stack(sample(seed=1, batch=2))
+  assert rows.shape == (20, 2) and rows.dtype == np.int32
+  assert rows[:, 0].tolist() == sample(seed=1)
+  assert rows[:, 1].tolist() != rows[:, 0].tolist()
+  prompts = [[BOS, 1, 2], [BOS, 3, 3]]
+  assert sample(prompts, temperature=0, batch=2)[0].shape == (2,)
+
+
+def test_numbers_change_without_compiling_and_nothing_compiles_while_running():
+  list(sample(top_k=3))
+  with CompileCounter() as compiled:
+    sample(top_k=4, temperature=0.3, seed=5, length=70)
+    sample([BOS, *range(9)], top_p=0.9)
+    sample([BOS, *range(8)], top_k=1)
+  assert not {"_chunk", "_read"} & set(compiled.counts), compiled.counts
+
+
+def test_cuts_leave_the_likeliest_tokens():
+  greedy = sample(temperature=0)
+  assert sample(top_k=1) == greedy
+  assert sample(top_p=1e-6) == greedy
+  logits = jnp.log(jnp.array([[0.1, 0.5, 0.25, 0.15]]))
+
+  def seen(k, p, temperature=1.0):
+    numbers = module._Sampling(*map(jnp.asarray, (float(temperature), k, float(p), 0)))
+    draw = jax.vmap(lambda n: module._sample(logits, n, numbers, False, True))
+    return np.bincount(np.ravel(draw(jnp.arange(2000))), minlength=4) / 2000
+
+  np.testing.assert_allclose(seen(0, 1), [0.1, 0.5, 0.25, 0.15], rtol=0, atol=0.04)
+  np.testing.assert_allclose(seen(2, 1), [0, 2 / 3, 1 / 3, 0], rtol=0, atol=0.04)
+  assert (seen(0, 0.74) > 0).tolist() == [False, True, True, False]
+  assert (seen(0, 0.76) > 0).tolist() == [False, True, True, True]
+  assert seen(0, 1, temperature=0.1)[1] > 0.98
+
+
+def test_memory_is_flat_and_tokens_come_before_the_end():
+  own = toy("compressive-conv")
+  ids = generate(own.model, own.params, [BOS], bos=BOS)  # without end
+  list(itertools.islice(ids, 3 * module.CHUNK))
+  before = sum(a.nbytes for a in jax.live_arrays())
+  list(itertools.islice(ids, 30 * module.CHUNK))
+  assert sum(a.nbytes for a in jax.live_arrays()) == before
+
+
+def test_a_state_goes_on_and_stays_valid():
+  own = toy("xl")
+  whole = sample([BOS, 1, 2, 3, 4, 5], temperature=0)
+  tokens = np.array([[BOS, 1, 2, 3]], np.int32)
+  _, state, _ = parallel(own, tokens, tokens == BOS)
+  assert not is_stream(state)
+  for _ in range(2):  # the first run donates nothing of ours
+    assert sample([4, 5], temperature=0, state=state) == whole
+  stream = own.model.open_stream(state, 1)
+  assert sample([4, 5], temperature=0, state=stream) == whole
+
+
+@pytest.mark.parametrize(
+  "options,named",
+  [
+    ({"temperature": -1}, "temperature is -1"),
+    ({"temperature": float("nan")}, "temperature is nan"),
+    ({"top_k": -1}, "top_k is -1"),
+    ({"top_p": 0}, "top_p is 0"),
+    ({"length": -1}, "length is -1"),
+    ({"batch": 0}, "batch is 0"),
+    ({"prompt": []}, "begin a document with BOS"),
+    ({"prompt": [[1], [2]]}, "shape"),
+    ({"prompt": [V]}, f"0 to {V - 1}"),
+  ],
+)
+def test_what_cannot_be_is_refused_at_once(options, named):
+  own = toy("xl")
+  prompt = options.pop("prompt", [BOS])
+  with pytest.raises(ValueError, match=named):
+    generate(own.model, own.params, prompt, **{"bos": BOS, "length": 1, **options})
+
+
+class Pieces:
+  """A tokenizer whose text depends on neighbours: spaces stand between words only."""
+
+  name = identity = "pieces"
+  bos, vocab = 3, 4
+  words = (b"a", b"bc", "é".encode())
+
+  def encode(self, text):
+    return np.array([self.words.index(word) for word in text.split()], np.int32)
+
+  def decode(self, ids):
+    return b" ".join(self.words[i] for i in ids if i != self.bos)
+
+
+def test_text_of_a_tokenizer_that_looks_at_neighbours():
+  rng = np.random.default_rng(0)
+  ids = rng.integers(4, size=50).tolist()
+  want = Pieces().decode(ids)
+  assert b"".join(decoded(Pieces(), ids)) == want
+  later = b"".join(decoded(Pieces(), ids[20:], ids[:20]))
+  assert Pieces().decode(ids[:20]) + later == want
+
+
+class Out(io.BytesIO):
+  flushes = 0
+
+  def flush(self):
+    self.flushes += 1
+
+
+def test_write_passes_bytes_on_as_they_come(monkeypatch):
+  def fake(*_, length, **__):
+    yield from [*"é".encode(), 256, 65][:length]
+
+  monkeypatch.setattr(module, "generate", fake)
+  own = Loaded(toy("xl").model, {}, None, make_tokenizer("bytes"), ConfigDict(), 0)
+  out = Out()
+  assert write(own, b"", out, tokens=9) == 3
+  assert out.getvalue() == "é\n\n".encode() and out.flushes == 2
+  out = Out()
+  assert write(own, b"", out, tokens=9, keep_going=True) == 4
+  assert out.getvalue() == "é\n\nA".encode()
+  out = Out()
+  assert write(own, b"", out, tokens=1) == 1
+  assert out.getvalue() == "é".encode()[:1]
