@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from cached_tx.layers.base import MemoryAttention
 from cached_tx.layers.mlp import MLP
+from cached_tx.memory import partitioned
 from cached_tx.types import DType, Hidden, Losses, Segment, State
 
 
@@ -28,7 +29,7 @@ class Block(nn.Module):
 
   def setup(self) -> None:
     """Makes the norms."""
-    init = nn.with_logical_partitioning(nn.initializers.ones, ("embed",))
+    init = partitioned(nn.initializers.ones, "embed")
     norm = lambda: nn.LayerNorm(
       dtype=self.dtype, epsilon=1e-5, use_bias=False, scale_init=init
     )

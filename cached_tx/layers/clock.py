@@ -2,7 +2,7 @@
 
 A module with a clock offers two methods:
 
-  read(queries, index, tokens, starts, memory, deterministic) -> arrays that lead with B Q
+  read(queries, index, tokens, starts, memory, deterministic) -> arrays, B Q first
     what the queries, standing at `index` among the C tokens of their segment, find
     in the memory and in the tokens up to their own. None: all C, in order;
   fold(tokens, starts, memory) -> (memory, losses)

@@ -10,7 +10,7 @@ from cached_tx.layers import clock
 from cached_tx.layers.base import MemoryAttention
 from cached_tx.layers.projections import ToHeads
 from cached_tx.layers.slots import SlotAttention
-from cached_tx.memory import NoMemory
+from cached_tx.memory import NoMemory, partitioned
 from cached_tx.ops.attention import softmax_attention
 from cached_tx.ops.documents import document_ids
 from cached_tx.types import Heads, Hidden, Losses, Segment, State
@@ -58,7 +58,7 @@ class GatedAttention(MemoryAttention):
     self.memory_query = ToHeads(*heads, self.dtype)
     self.memory_key = ToHeads(*heads, self.dtype)
     self.memory_value = ToHeads(*heads, self.dtype)
-    init = nn.with_logical_partitioning(nn.initializers.zeros, ("heads",))
+    init = partitioned(nn.initializers.zeros, "heads")
     self.gate = self.param("gate", init, (self.heads,))  # lambda
     self.own = self._inner()
 

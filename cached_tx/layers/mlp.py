@@ -7,8 +7,8 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from cached_tx.layers.projections import kernel_init
+from cached_tx.memory import partitioned
 from cached_tx.types import DType, Hidden
-
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
   "gelu": nn.gelu,  # tanh form
@@ -42,14 +42,14 @@ class MLP(nn.Module):
       self.hidden,
       dtype=self.dtype,
       kernel_init=kernel_init(1.0, 1, ("embed", "mlp")),
-      bias_init=nn.with_logical_partitioning(nn.initializers.zeros, ("mlp",)),
+      bias_init=partitioned(nn.initializers.zeros, "mlp"),
       name="up",
     )(x)
     y = nn.Dense(
       D,
       dtype=self.dtype,
       kernel_init=kernel_init(self.output_scale, 1, ("mlp", "embed")),
-      bias_init=nn.with_logical_partitioning(nn.initializers.zeros, ("embed",)),
+      bias_init=partitioned(nn.initializers.zeros, "embed"),
       name="down",
     )(ACTIVATIONS[self.activation](h))
     return nn.Dropout(self.dropout)(y, deterministic=deterministic)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from cached_tx.memory import partitioned
 from cached_tx.types import DType, Heads, Hidden
 
 
@@ -19,7 +20,7 @@ def kernel_init(scale: float, inputs: int, names: Sequence[str | None]):
       fan_in *= size
     return jax.random.normal(key, shape, dtype) * (scale / fan_in) ** 0.5
 
-  return nn.with_logical_partitioning(init, tuple(names))
+  return partitioned(init, *names)
 
 
 class ToHeads(nn.Module):

@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 from cached_tx.layers import clock
 from cached_tx.layers.base import MemoryAttention
 from cached_tx.layers.projections import ToHeads
-from cached_tx.memory import Replaced
+from cached_tx.memory import Replaced, partitioned
 from cached_tx.ops.attention import softmax_attention
 from cached_tx.ops.documents import causal_mask, document_ids
 from cached_tx.ops.positions import by_key, rotate, sinusoids
@@ -35,8 +35,7 @@ class SlotAttention(MemoryAttention):
     self.drop = nn.Dropout(self.dropout)
     if self.positions == "relative":
       self.distance = ToHeads(*heads, self.dtype)
-      init = nn.initializers.zeros
-      init = nn.with_logical_partitioning(init, ("heads", "head_width"))
+      init = partitioned(nn.initializers.zeros, "heads", "head_width")
       self.content_bias = self.param("content_bias", init, heads)  # u
       self.distance_bias = self.param("distance_bias", init, heads)  # v
 

@@ -2,7 +2,13 @@
 
 from typing import Any
 
-from cached_tx.memory.base import MemoryModule, Replaced, Slots, Update
+from cached_tx.memory.base import (
+  MemoryModule,
+  Replaced,
+  Slots,
+  Update,
+  partitioned,
+)
 from cached_tx.memory.compressive import CompressiveMemory, CompressiveState
 from cached_tx.memory.favor import FavorMemory, FavorState
 from cached_tx.memory.grc import GRCMemory, GRCState
@@ -54,4 +60,5 @@ __all__ = [
   "XLMemory",
   "XLState",
   "build_memory",
+  "partitioned",
 ]

@@ -46,6 +46,11 @@ class Update(NamedTuple):
   replaced: Replaced | None = None
 
 
+def partitioned(init: Any, *names: str | None) -> Any:
+  """An initialiser of a parameter whose axes carry logical names, for sharding."""
+  return nn.with_logical_partitioning(init, names)
+
+
 class MemoryModule(nn.Module):
   """Base of all memories. A subclass is one file of this folder.
 

@@ -7,7 +7,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from cached_tx.memory.base import MemoryModule, Replaced, Slots, Update
+from cached_tx.memory.base import (
+  MemoryModule,
+  Replaced,
+  Slots,
+  Update,
+  partitioned,
+)
 from cached_tx.ops.fifo import Fifo, empty, push
 from cached_tx.ops.resample import blocks
 from cached_tx.types import DType, Hidden, Mask
@@ -54,7 +60,7 @@ class Compressor(nn.Module):
 
     kernel = self.param(
       "kernel",
-      nn.with_logical_partitioning(start, (None, "embed", None)),
+      partitioned(start, None, "embed", None),
       (self.rate, D, D),
       jnp.float32,
     )
@@ -121,7 +127,9 @@ class CompressiveMemory(MemoryModule):
         "both count slots: 0 or more"
       )
     if self.compressor not in COMPRESSORS:
-      raise ValueError(f"memory.compressor is {self.compressor!r}; one of {COMPRESSORS}")
+      raise ValueError(
+        f"memory.compressor is {self.compressor!r}; one of {COMPRESSORS}"
+      )
     if self.loss not in LOSSES:
       raise ValueError(f"memory.loss is {self.loss!r}; one of {LOSSES}")
 

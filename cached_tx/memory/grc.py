@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Bool
 
-from cached_tx.memory.base import MemoryModule, Slots, Update
+from cached_tx.memory.base import MemoryModule, Slots, Update, partitioned
 from cached_tx.ops.documents import last_document
 from cached_tx.ops.resample import nearest
 from cached_tx.types import DType, Hidden, Mask, Memory
@@ -95,8 +95,7 @@ class GRCMemory(MemoryModule):
     new = nearest(x[..., :width], first, length, self.size).astype(old.dtype)
 
     def linear(name, both):
-      init = nn.initializers.lecun_normal()
-      init = nn.with_logical_partitioning(init, ("embed", None))
+      init = partitioned(nn.initializers.lecun_normal(), "embed", None)
       out = nn.Dense(width, dtype=self.dtype, kernel_init=init, name=name)(both)
       return out.astype(old.dtype)
 

@@ -14,7 +14,7 @@ from cached_tx.layers import (
   Stream,
   attention_for,
 )
-from cached_tx.memory import MemoryModule
+from cached_tx.memory import MemoryModule, partitioned
 from cached_tx.types import DType, Hidden, Logits, Losses, Segment, State, Tokens
 
 REMAT = ("none", "dots", "full")
@@ -30,13 +30,15 @@ class Period(nn.Module):
     self, x: Hidden, state: tuple[State, ...], draw: tuple[Any, ...], segment: Segment
   ) -> tuple[Hidden, tuple[tuple[State, ...], Losses]]:
     """Returns the hidden state, and the states and the summed losses of the blocks."""
-    after, total = [], {}
+    after: list[State] = []
+    total: Losses = {}
     for block, own, constant in zip(self.blocks, state, draw, strict=True):
       x, own, losses = block(
         x, own, segment, draw=constant, deterministic=self.deterministic
       )
       after.append(own)
-      total = {k: total.get(k, 0) + losses.get(k, 0) for k in total | losses}
+      for key, loss in losses.items():
+        total[key] = total[key] + loss if key in total else loss
     return x, (tuple(after), total)
 
 
@@ -238,20 +240,27 @@ class DecoderLM(nn.Module):
     init = nn.initializers.normal(self.width**-0.5)
     embedding = self.param(
       "embedding",
-      nn.with_logical_partitioning(init, ("vocab", "embed")),
+      partitioned(init, "vocab", "embed"),
       (self.vocab, self.width),
       jnp.float32,
     ).astype(self.dtype)
     x = jnp.take(embedding, tokens, axis=0) * jnp.asarray(self.width**0.5, self.dtype)
     x = nn.Dropout(self.dropout)(x, deterministic=deterministic)
-    stack = Stack(self.blocks(), self.periods, self.remat, deterministic, name="stack")
+    stack = Stack(
+      blocks=self.blocks(),
+      periods=self.periods,
+      unroll=self.unroll,
+      remat=self.remat,
+      deterministic=deterministic,
+      name="stack",
+    )
     whole = tokens.shape[1] % self.segment == 0 and segment.valid is None
     clocked = any(memory.clocked for memory in self.memories)
     if tokens.shape[1] > self.segment and not _streams(state) and (whole or clocked):
       x, state, losses = self._segments(stack, x, state, segment)
     else:
       x, state, losses = stack(x, state, self._draws(), segment)
-    ones = nn.with_logical_partitioning(nn.initializers.ones, ("embed",))
+    ones = partitioned(nn.initializers.ones, "embed")
     norm = nn.LayerNorm(
       dtype=self.dtype, epsilon=1e-5, use_bias=False, scale_init=ones, name="norm"
     )

@@ -140,7 +140,7 @@ def favor_attention(
     Gradients flow to q, k, v, `sums.values` and `sums.keys`; none to w, `sums.top`.
   """
   B, L, H, K = q.shape
-  R, dtype = w.shape[0], v.dtype
+  dtype = v.dtype
   w = jax.lax.stop_gradient(w)
   starts, valid = segment
   valid = jnp.ones_like(starts) if valid is None else valid
@@ -165,7 +165,7 @@ def favor_attention(
   keys = jnp.exp(jnp.where(shown[..., None], a - mu[..., None], -jnp.inf))
 
   def chunked(x):  # B L ... -> N B C ...
-    return jnp.moveaxis(x.reshape((B, -1, C) + x.shape[2:]), 1, 0)
+    return jnp.moveaxis(x.reshape(B, -1, C, *x.shape[2:]), 1, 0)
 
   queries, keys, v, mu = chunked(queries), chunked(keys), chunked(v), chunked(mu)
   documents = document_ids(starts)
@@ -183,7 +183,9 @@ def favor_attention(
     jnp.broadcast_to(chunked(starts).any(axis=2)[..., None], end.shape),
   )
   carried = ChunkSums(
-    sums.values[None], sums.keys[None], jax.lax.stop_gradient(sums.top)[None],
+    sums.values[None],
+    sums.keys[None],
+    jax.lax.stop_gradient(sums.top)[None],
     jnp.zeros((1, B, H), bool),
   )
   totals = jax.lax.associative_scan(

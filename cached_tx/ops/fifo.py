@@ -17,9 +17,7 @@ class Fifo(NamedTuple):
 
 def empty(batch: int, size: int, width: int, dtype: DType) -> Fifo:
   """A queue of M = `size` places, none of them taken."""
-  return Fifo(
-    jnp.zeros((batch, size, width), dtype), jnp.zeros((batch, size), bool)
-  )
+  return Fifo(jnp.zeros((batch, size, width), dtype), jnp.zeros((batch, size), bool))
 
 
 def push(queue: Fifo, x: Hidden, starts: Mask) -> tuple[Fifo, Fifo]:

@@ -1,7 +1,7 @@
 """Shorter rows of tokens from longer ones."""
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Shaped
 
 from cached_tx.types import Hidden, Index
 
@@ -20,7 +20,7 @@ def nearest(
   return jnp.take_along_axis(x, places[..., None], axis=1)
 
 
-def blocks(x: Hidden, rate: int) -> Float[Array, "B M rate D"]:
+def blocks(x: Shaped[Array, "B L D"], rate: int) -> Shaped[Array, "B M rate D"]:
   """Cuts L = M rate tokens into M blocks of `rate` neighbours."""
   B, L, D = x.shape
   return x.reshape(B, L // rate, rate, D)

@@ -89,7 +89,7 @@ def overridden(config: ConfigDict, changes: list[str]) -> ConfigDict:
   Raises:
     ValueError: a change without "=", of a key that does not exist, or to another type.
   """
-  plain = to_json(config)
+  plain: dict[str, Any] = to_json(config)
   for change in changes:
     key, found, text = change.partition("=")
     if not found:
@@ -99,7 +99,7 @@ def overridden(config: ConfigDict, changes: list[str]) -> ConfigDict:
     except json.JSONDecodeError:
       value = text
     *sections, last = key.split(".")
-    place = plain
+    place: Any = plain
     for section in sections:
       place = place.get(section) if isinstance(place, dict) else None
     if not isinstance(place, dict) or last not in place:

@@ -19,9 +19,11 @@ STALE = 4  # segments
 
 
 class Evaluation(NamedTuple):
-  """Attributes:
-  nats: summed loss over all targets.
-  targets: how many there were, BOS and padding not counted.
+  """A stream's score.
+
+  Attributes:
+    nats: summed loss over all targets.
+    targets: how many there were, BOS and padding not counted.
   """
 
   nats: float
@@ -105,9 +107,10 @@ class Evaluator:
     return Evaluation(float(sum(map(float, nats))), int(sum(map(float, targets))))
 
   def _segment(self, params: Any, state: State, batch: Any) -> Any:
-    logits, state, _ = self._model.apply(
+    out: Any = self._model.apply(
       {"params": params}, batch.tokens, state, Segment(batch.starts)
     )
+    logits, state, _ = out
     loss = optax.softmax_cross_entropy_with_integer_labels(logits, batch.targets)
     return (jnp.sum(loss * batch.weights), batch.weights.sum()), state
 

@@ -1,6 +1,5 @@
 """From the rows that a host reads to arrays over the mesh."""
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -37,7 +36,8 @@ class Feed:
         f"{rows} rows cannot be divided among mesh.data x mesh.fsdp = {shared} "
         "devices: change batch (or eval.batch) or the mesh"
       )
-    held = self._sharding.addressable_devices_indices_map(self._shape).values()
+    places: Any = self._sharding.addressable_devices_indices_map(self._shape)
+    held = places.values()
     starts = [index[0].start or 0 for index in held]
     stops = [rows if index[0].stop is None else index[0].stop for index in held]
     self.shard, self.shards = 0, 1
@@ -54,13 +54,10 @@ class Feed:
     return jax.tree.map(self._put, batch)
 
   def _put(self, part: np.ndarray) -> jax.Array:
-    def read(index: tuple[slice, ...]) -> np.ndarray:
+    def read(index: Any) -> np.ndarray:
       begin = (index[0].start or 0) - self._first
       end = index[0].stop
       end = self._shape[0] if end is None else end
       return part[begin : end - self._first]
 
     return jax.make_array_from_callback(self._shape, self._sharding, read)
-
-
-Put = Callable[[Any], Any]

@@ -26,10 +26,12 @@ _log = logging.getLogger(__name__)
 
 
 class Result(NamedTuple):
-  """Attributes:
-  state: after the last step that was done.
-  finished: False if a signal ended the run early.
-  recompilations: of the training step, after the first step.
+  """How a run ended.
+
+  Attributes:
+    state: after the last step that was done.
+    finished: False if a signal ended the run early.
+    recompilations: of the training step, after the first step.
   """
 
   state: TrainState
@@ -57,7 +59,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> Result:
     FloatingPointError: a loss or norm is not finite.
   """
   experiment = Experiment(config)
-  model, mesh = experiment.model, experiment.mesh
+  mesh, _ = experiment.mesh, experiment.model  # refuses what does not fit, early
   check_config(workdir, to_json(config))
   write_config(workdir, to_json(config))
   batch, length = config.batch, config.segment * config.segments

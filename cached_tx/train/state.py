@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -15,10 +14,8 @@ from cached_tx.train.optimizer import AUXILIARY, MAIN
 from cached_tx.types import Segment
 
 
-@flax.struct.dataclass
-class TrainState:
-  """A value: donated to each step, saved whole, sharded like the batch where it leads
-  with rows.
+class TrainState(flax.struct.PyTreeNode):
+  """A value: donated to each step, saved whole.
 
   Attributes:
     step: finished steps, int32. It is also the position of the input.
@@ -29,11 +26,11 @@ class TrainState:
     ema: moving average of params, or () where there is none.
   """
 
-  step: jax.Array
+  step: Any
   params: Any
   opt_state: Any
   memory: Any
-  rng: jax.Array
+  rng: Any
   ema: Any = ()
 
 

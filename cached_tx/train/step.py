@@ -48,7 +48,7 @@ def train_step(
   finished = B * (T // model.segment)
 
   def loss_fn(params):
-    logits, memory, losses = model.apply(
+    out: Any = model.apply(
       {"params": params},
       batch.tokens,
       state.memory,
@@ -56,6 +56,7 @@ def train_step(
       deterministic=False,
       rngs={"dropout": jax.random.fold_in(state.rng, state.step)},
     )
+    logits, memory, losses = out
     loss = cross_entropy(logits, batch.targets, batch.weights)
     losses = {name: rows.sum() / finished for name, rows in losses.items()}
     return loss + sum(losses.values()), (loss, losses, memory)
