@@ -58,8 +58,8 @@ def by_key(scores: Float[Array, "B H Q W"], keys: int) -> Float[Array, "B H Q S"
     keys: S, the keys attended, the queries being the last Q of them.
   """
   B, H, Q, _ = scores.shape
-  full = jnp.pad(scores, ((0, 0), (0, 0), (0, 0), (0, Q - 1)))
-  width = full.shape[-1]  # S + Q - 1
+  full = jnp.pad(scores, ((0, 0), (0, 0), (0, 0), (0, Q)))
+  width = full.shape[-1]  # S + Q: at least one more than S, for a single query too
   flat = full.reshape(B, H, Q * width)[..., Q - 1 :]
   flat = flat[..., : Q * (width - 1)]
   return flat.reshape(B, H, Q, width - 1)[..., :keys]
