@@ -2,6 +2,7 @@
 
 import logging
 import os
+from collections.abc import Callable
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -76,9 +77,12 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> Result:
     return _run(experiment, workdir, stream, feed)
 
 
-def _run(
-  experiment: Experiment, workdir: str | os.PathLike, stream: TrainStream, feed: Feed
-) -> Result:
+def prepare(experiment: Experiment) -> tuple[TrainState, TrainState, Callable]:
+  """A state at step 0, its shardings, and the jitted step from (state, batch).
+
+  To be called, like the step, with the experiment's mesh set (`jax.set_mesh`) and
+  `sharding.RULES` as axis rules.
+  """
   config, model, mesh = experiment.config, experiment.model, experiment.mesh
   options = dict(config.optimizer)
   ema = options.pop("ema")
@@ -88,7 +92,7 @@ def _run(
   state, shardings = init_state(
     model, optimizer, seed=config.seed, batch=config.batch, ema=ema, mesh=mesh
   )
-  step_fn = compiled_step(
+  step = compiled_step(
     shardings,
     sharding.replicated(mesh),
     model=model,
@@ -96,6 +100,14 @@ def _run(
     labels=groups,
     ema=ema,
   )
+  return state, shardings, step
+
+
+def _run(
+  experiment: Experiment, workdir: str | os.PathLike, stream: TrainStream, feed: Feed
+) -> Result:
+  config = experiment.config
+  state, shardings, step_fn = prepare(experiment)
   validation = _validation(experiment)
   save = config.save
   with Checkpoints(workdir, keep=save.keep, every=save.every) as checkpoints:
@@ -134,7 +146,7 @@ def _run(
         first = first or compiled.counts["train_step"]
         scores = {}
         if due(step, config.eval.every):
-          params = state.ema if ema else state.params
+          params = state.ema if config.optimizer.ema else state.params
           scores = {"loss": validation(params).loss}
           log.write(step - 1, scores)
         leaving = preemption.reached(step)

@@ -1,0 +1,56 @@
+"""What a number was measured on."""
+
+import os
+import platform
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+ROOT = Path(__file__).parents[1]
+
+
+def commit() -> str:
+  """The commit of the tree, with a + if files differ from it."""
+
+  def git(*words: str) -> str:
+    done = subprocess.run(
+      ["git", *words], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    return done.stdout.strip()
+
+  changed = git("status", "--porcelain", "--untracked-files=no", "--", "cached_tx")
+  return git("rev-parse", "--short", "HEAD") + ("+" if changed else "")
+
+
+def describe() -> dict[str, Any]:
+  """Hardware, versions and commit, as JSON data."""
+  model = platform.processor()
+  info = Path("/proc/cpuinfo")
+  if info.exists():
+    names = [s for s in info.read_text().splitlines() if s.startswith("model name")]
+    model = names[0].partition(":")[2].strip() if names else model
+  return {
+    "commit": commit(),
+    "device": jax.devices()[0].device_kind,
+    "processor": model,
+    "cores": os.cpu_count(),
+    "python": platform.python_version(),
+    "jax": jax.__version__,
+  }
+
+
+def matmul_rate() -> float:
+  """GFLOP/s of a float32 product of 1024 x 1024 matrices, the best of 5."""
+  a = jnp.ones((1024, 1024), jnp.float32)
+  product = jax.jit(jnp.matmul)
+  product(a, a).block_until_ready()
+  best = 0.0
+  for _ in range(5):
+    start = time.perf_counter()
+    product(a, a).block_until_ready()
+    best = max(best, 2 * 1024**3 / (time.perf_counter() - start) / 1e9)
+  return best

@@ -1,0 +1,172 @@
+"""The table of the README: every kind of memory, equal in all else.
+
+python -m benchmarks.memories            trains what is missing, then prints the table
+python -m benchmarks.memories --speed    measures tokens per second, interleaved
+
+Training runs are resumed and kept in runs/memories; results are lines of
+benchmarks/results/memories.jsonl, one per kind and seed, and speed.jsonl.
+"""
+
+import argparse
+import importlib.util
+import json
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+
+from benchmarks.machine import ROOT, describe, matmul_rate
+from cached_tx.data import TrainStream, tokenize
+from cached_tx.evaluate import measured
+from cached_tx.inspect.flops import training_flops
+from cached_tx.inspect.sizes import state_bytes
+from cached_tx.train import sharding
+from cached_tx.train.experiment import Experiment
+from cached_tx.train.feed import Feed
+from cached_tx.train.loop import prepare, train
+
+RESULTS = ROOT / "benchmarks" / "results"
+RUNS = ROOT / "runs" / "memories"
+CONFIG = ROOT / "configs" / "compare.py"
+
+
+def compare() -> Any:
+  """The module configs/compare.py."""
+  spec = importlib.util.spec_from_file_location("compare", CONFIG)
+  assert spec is not None and spec.loader is not None
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+  """The records of a JSONL file, none if it is not there."""
+  return [json.loads(s) for s in path.read_text().splitlines()] if path.exists() else []
+
+
+def append(path: Path, record: dict[str, Any]) -> None:
+  """Adds a line."""
+  path.parent.mkdir(parents=True, exist_ok=True)
+  with path.open("a") as file:
+    file.write(json.dumps(record) + "\n")
+
+
+def config_of(kind: str, seed: int) -> Any:
+  """The config of one run."""
+  config = compare().get_config(kind)
+  with config.unlocked():
+    config.seed = seed
+  return config
+
+
+def one(kind: str, seed: int) -> dict[str, Any]:
+  """Trains one model and evaluates it on the test split."""
+  config = config_of(kind, seed)
+  experiment = Experiment(config)
+  result = train(config, RUNS / f"{kind}-{seed}")
+  if not result.finished:
+    raise SystemExit("interrupted; run the same command again to go on")
+  found = measured(
+    experiment,
+    result.state.params,
+    split="test",
+    memory=("kept", "zeroed"),
+    rows=config.eval.batch,
+  )
+  bits = {name: score["bits_per_byte"] for name, score in found["scores"].items()}
+  model = experiment.model
+  return {
+    "kind": kind,
+    "seed": seed,
+    **bits,
+    "steps": config.steps,
+    "tokens": config.steps * config.batch * config.segment * config.segments,
+    "parameters": sum(a.size for a in jax.tree.leaves(result.state.params)),
+    "training_flops_per_token": training_flops(model, config.segments),
+    "state_bytes_per_row": state_bytes(model),
+    **describe(),
+  }
+
+
+def speed(repeats: int, steps: int) -> None:
+  """Times training steps of all kinds in turn, so that all see the same machine."""
+  runs = {}
+  for kind in compare().MEMORIES:
+    experiment = Experiment(config_of(kind, 0))
+    config = experiment.config
+    length = config.segment * config.segments
+    feed = Feed(experiment.mesh, config.batch, length)
+    tokens = tokenize(experiment.documents("validation"), experiment.tokenizer)
+    stream = TrainStream(tokens, rows=config.batch, length=length, seed=0)
+    with jax.set_mesh(experiment.mesh), nn.logical_axis_rules(sharding.RULES):
+      state, _, step = prepare(experiment)
+      runs[kind] = [state, step, feed, stream]
+  for repeat in range(repeats + 1):
+    for kind, run in runs.items():
+      state, step, feed, stream = run
+      begin = time.perf_counter()
+      for i in range(steps):
+        state, metrics = step(state, feed(stream.batch(repeat * steps + i)))
+      jax.block_until_ready(metrics)
+      seconds = time.perf_counter() - begin
+      run[0] = state
+      if repeat:  # the first round compiles
+        rate = steps * len(stream.rows) * stream.length / seconds
+        record = {"kind": kind, "tokens_per_second": rate, "matmul": matmul_rate()}
+        append(RESULTS / "speed.jsonl", record | describe())
+
+
+def table() -> str:
+  """Markdown: mean and spread over seeds."""
+  done, rates = lines(RESULTS / "memories.jsonl"), lines(RESULTS / "speed.jsonl")
+  rows = [
+    "| memory | bits per byte | memory ablated | parameters | MFLOP per token, training "
+    "| tokens/s | state per row |",
+    "|---|---|---|---|---|---|---|",
+  ]
+  for kind in compare().MEMORIES:
+    own = [r for r in done if r["kind"] == kind]
+    if not own:
+      continue
+
+    def spread(key: str, own: list = own) -> str:
+      values = [r[key] for r in own]
+      wide = statistics.stdev(values) if len(values) > 1 else 0.0
+      return f"{statistics.mean(values):.3f} ± {wide:.3f}"
+
+    fast = [r["tokens_per_second"] for r in rates if r["kind"] == kind]
+    rate = f"{statistics.median(fast):,.0f}" if fast else "-"
+    rows.append(
+      f"| {kind} | {spread('kept')} | {spread('zeroed')} | {own[0]['parameters']:,} "
+      f"| {own[0]['training_flops_per_token'] / 1e6:.2f} | {rate} "
+      f"| {own[0]['state_bytes_per_row'] / 1024:.0f} KiB |"
+    )
+  return "\n".join(rows)
+
+
+def main() -> None:
+  """Runs what the command line asks for."""
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument("--seeds", type=int, default=3)
+  parser.add_argument("--kinds", default="", help="comma-separated; all if empty")
+  parser.add_argument("--speed", action="store_true", help="time steps, train nothing")
+  parser.add_argument("--repeats", type=int, default=7, help="rounds of --speed")
+  parser.add_argument("--only_table", action="store_true")
+  args = parser.parse_args()
+  if args.speed:
+    speed(args.repeats, steps=4)
+  elif not args.only_table:
+    kinds = args.kinds.split(",") if args.kinds else list(compare().MEMORIES)
+    for seed in range(args.seeds):
+      for kind in kinds:
+        known = {(r["kind"], r["seed"]) for r in lines(RESULTS / "memories.jsonl")}
+        if (kind, seed) not in known:
+          append(RESULTS / "memories.jsonl", one(kind, seed))
+  print(table())
+
+
+if __name__ == "__main__":
+  main()
