@@ -1,0 +1,34 @@
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+
+from cached_tx.ops.resample import blocks, nearest
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "nearest_index.npz"
+
+
+def test_index_rule_is_that_of_the_authors_framework():
+  tables = np.load(GOLDEN, allow_pickle=False)
+  names = [name for name in tables.files if name.startswith("f64_")]
+  assert len(names) > 20
+  for name in names:
+    _, tokens, _, slots = name.split("_")
+    tokens, slots = int(tokens), int(slots)
+    x = jnp.arange(tokens, dtype=jnp.float32)[None, :, None]
+    count = jnp.array([tokens], jnp.int32)
+    got = nearest(x, jnp.zeros_like(count), count, slots)
+    np.testing.assert_array_equal(got[0, :, 0], tables[name])
+
+
+def test_each_row_is_read_within_its_own_document():
+  x = jnp.arange(20, dtype=jnp.float32).reshape(2, 10, 1)
+  first, length = jnp.array([0, 7], jnp.int32), jnp.array([10, 3], jnp.int32)
+  got = nearest(x, first, length, 4)[..., 0]
+  np.testing.assert_array_equal(got, [[0, 2, 5, 7], [17, 17, 18, 19]])
+
+
+def test_blocks_hold_neighbours():
+  x = jnp.arange(12, dtype=jnp.float32).reshape(1, 6, 2)
+  got = blocks(x, 3)
+  np.testing.assert_array_equal(got, np.arange(12.0).reshape(1, 2, 3, 2))

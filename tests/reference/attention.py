@@ -1,0 +1,188 @@
+"""One attention layer and its memory, token by token, in float64.
+
+Slow and plain on purpose: one row, one query at a time, one line per equation. Every
+function takes a layer's parameters as nested mappings of arrays, with the names that
+the layer gives them. A token is (x, start); a history is a list of tokens.
+"""
+
+import numpy as np
+
+
+def softmax(scores):
+  """Of one list of numbers."""
+  e = np.exp(scores - np.max(scores))
+  return e / e.sum()
+
+
+def rotate(x, position):
+  """Rotary: pair (a, a + K / 2) turns by position * 10000^(-a / (K / 2))."""
+  half = len(x) // 2
+  turns = np.round(10_000.0 ** -(np.arange(half) / half) / (2 * np.pi) * 2.0**32)
+  angle = position * turns * 2 * np.pi / 2.0**32
+  a, b = x[:half], x[half:]
+  return np.concatenate(
+    [a * np.cos(angle) - b * np.sin(angle), b * np.cos(angle) + a * np.sin(angle)]
+  )
+
+
+def sinusoid(distance, width):
+  """R of Transformer-XL: sines, then cosines."""
+  angle = distance * 10_000.0 ** -(np.arange(0, width, 2) / width)
+  return np.concatenate([np.sin(angle), np.cos(angle)])
+
+
+def attend(params, positions, query, keys):
+  """Heads (H, K) of one query over `keys`: a list of (input, distance)."""
+  wq, wk, wv = (params[name]["kernel"] for name in ("query", "key", "value"))
+  width, H, K = wq.shape
+  out = np.zeros((H, K))
+  for h in range(H):
+    scores = []
+    for y, distance in keys:
+      q, k = query @ wq[:, h], y @ wk[:, h]
+      if positions == "rotary":
+        score = rotate(q, distance) @ k
+      elif positions == "relative":
+        r = sinusoid(distance, width) @ params["distance"]["kernel"][:, h]
+        u, v = params["content_bias"][h], params["distance_bias"][h]
+        score = (q + u) @ k + (q + v) @ r
+      else:
+        score = q @ k
+      scores.append(score / np.sqrt(K))
+    weights = softmax(np.array(scores))
+    out[h] = sum(p * (y @ wv[:, h]) for p, (y, _) in zip(weights, keys, strict=True))
+  return out
+
+
+def joined(params, heads):
+  """The output projection."""
+  return np.einsum("hk,hkd->d", heads, params["output"]["kernel"])
+
+
+def document(history):
+  """The tokens since the last start, and whether there was one."""
+  own = []
+  for x, start in history:
+    own = [x] if start else [*own, x]
+  return own, any(start for _, start in history)
+
+
+def transformer_xl(params, positions, tokens, segment, size):
+  """Outputs, and the last inputs of the document, the newest last."""
+  memory, now, outs = [], [], []
+  for x, start in tokens:
+    now.append((x, start))
+    own, began = document(now)
+    seen = own if began else memory + own
+    keys = [(y, len(seen) - 1 - i) for i, y in enumerate(seen)]
+    outs.append(joined(params, attend(params, positions, x, keys)))
+    if len(now) == segment:
+      memory = seen[len(seen) - min(size, len(seen)) :]
+      now = []
+  return outs, memory
+
+
+def compressive(params, positions, tokens, segment, size, compressed, rate, kind):
+  """Outputs, recent inputs and compressed slots: Algorithm 1 of Rae et al.
+
+  Places that hold nothing are None: FIFOs have a fixed number of places, and what is
+  pushed takes one whether it is of the document or not.
+  """
+  recent, slots, now, outs = [None] * size, [None] * compressed, [], []
+  reconstruction = 0.0
+  for x, start in tokens:
+    now.append((x, start))
+    own, began = document(now)
+    past = [] if began else slots + recent
+    places = past + [None] * (len(now) - len(own)) * (not began) + own
+    keys = [(y, len(places) - 1 - i) for i, y in enumerate(places) if y is not None]
+    outs.append(joined(params, attend(params, positions, x, keys)))
+    if len(now) < segment:
+      continue
+    gone = [None] * (segment - len(own))  # of earlier documents
+    queue = ([None] * size if began else recent) + gone + own
+    left, recent = queue[:segment], queue[segment:]
+    slots = [None] * compressed if began else slots
+    new = []
+    for i in range(0, segment, rate):
+      block = left[i : i + rate]
+      if any(y is None for y in block):
+        new.append(None)
+      elif kind == "mean":
+        new.append(sum(block) / rate)
+      else:
+        kernel = params["memory"]["compressor"]["kernel"]
+        new.append(sum(y @ w for y, w in zip(block, kernel, strict=True)))
+    if any(y is not None for y in new):
+      gap = 0.0
+      for y in own:  # Algorithm 2: content alone, one norm over all queries
+        wanted = attend(params, "none", y, [(z, 0) for z in left if z is not None])
+        given = attend(params, "none", y, [(z, 0) for z in new if z is not None])
+        gap += ((given - wanted) ** 2).sum()
+      reconstruction += np.sqrt(gap)
+    slots = (slots + new)[len(new) :]
+    now = []
+  return outs, recent, slots, reconstruction
+
+
+def sigmoid(x):
+  """1 / (1 + e^-x)."""
+  return 1 / (1 + np.exp(-x))
+
+
+def gated(params, positions, tokens, segment, size, channels):
+  """Outputs, and the cache or None: equations 1 to 5 of Zhang et al."""
+  heads = len(params["gate"])
+  cache, now, outs = None, [], []
+  own_params = params["own"]
+  cell = params["memory"]
+  linear = lambda name, y: y @ cell[name]["kernel"] + cell[name]["bias"]
+  for x, start in tokens:
+    now.append((x, start))
+    own, began = document(now)
+    keys = [(y, len(own) - 1 - i) for i, y in enumerate(own)]
+    out = attend(own_params, positions, x, keys)
+    if cache is not None and not began:
+      names = {"query": "memory_query", "key": "memory_key", "value": "memory_value"}
+      branch = {short: params[name] for short, name in names.items()}
+      found = attend(branch, "none", x[:channels], [(c, 0) for c in cache])  # eq. 3
+      found = np.pad(found, ((0, 0), (0, out.shape[1] - channels // heads)))
+      g = sigmoid(params["gate"])[:, None]
+      out = g * found + (1 - g) * out  # eq. 2
+    outs.append(joined(params, out))
+    if len(now) < segment:
+      continue
+    old = np.zeros((size, channels)) if cache is None or began else cache
+    new = [own[i * len(own) // size][:channels] for i in range(size)]
+    cache = np.zeros((size, channels))
+    for i in range(size):
+      both = np.concatenate([new[i], old[i]])
+      update, reset = sigmoid(linear("update", both)), sigmoid(linear("reset", both))
+      candidate = linear("candidate", np.concatenate([new[i], reset * old[i]]))
+      cache[i] = (1 - update) * old[i] + update * candidate  # eq. 5
+    now = []
+  return outs, cache
+
+
+def favor(params, positions, tokens, w):
+  """Outputs, and the unscaled sums of phi(k) v and phi(k): no stabilisation."""
+  wq, wk, wv = (params[name]["kernel"] for name in ("query", "key", "value"))
+  _, H, K = wq.shape
+  R = len(w)
+  values, keys, place, outs = np.zeros((H, R, K)), np.zeros((H, R)), 0, []
+  phi = lambda x: np.exp(w @ x - x @ x / 2)
+  for x, start in tokens:
+    if start:
+      values, keys, place = np.zeros((H, R, K)), np.zeros((H, R)), 0
+    out = np.zeros((H, K))
+    for h in range(H):
+      q, k, v = x @ wq[:, h], x @ wk[:, h], x @ wv[:, h]
+      if positions == "rotary":
+        q, k = rotate(q, place), rotate(k, place)
+      q, k = q / K**0.25, k / K**0.25
+      values[h] += phi(k)[:, None] * v[None]
+      keys[h] += phi(k)
+      out[h] = phi(q) @ values[h] / (phi(q) @ keys[h])
+    place += 1
+    outs.append(joined(params, out))
+  return outs, values, keys
