@@ -123,8 +123,8 @@ def table() -> str:
   """Markdown: mean and spread over seeds."""
   done, rates = lines(RESULTS / "memories.jsonl"), lines(RESULTS / "speed.jsonl")
   rows = [
-    "| memory | bits per byte | memory ablated | parameters | MFLOP per token, training "
-    "| tokens/s | state per row |",
+    "| memory | bits per byte | memory ablated | parameters "
+    "| training MFLOP per token | tokens/s | state per row |",
     "|---|---|---|---|---|---|---|",
   ]
   for kind in compare().MEMORIES:

@@ -1,14 +1,15 @@
 r"""Compressive Transformer on enwik8.
 
-python -m cached_tx.main train --config configs/enwik8_compressive.py --config.data.path=FILE --workdir DIR
-python -m cached_tx.main train --config configs/enwik8_compressive.py:smoke --workdir DIR
+cached-tx train --config configs/enwik8_compressive.py \
+    --config.data.path=FILE --workdir DIR
+cached-tx train --config configs/enwik8_compressive.py:smoke --workdir DIR
 
-Rae et al., 2019, arXiv:1911.05507: 24 layers, 0.97 bits per character on the test split
-with 3,072 compressed slots (1,152 in training), convolution and attention
-reconstruction, c = 3; Adam, warm-up of 4,000 steps to 3e-4, cosine over 100,000 to 1e-6,
-clip 0.1. Batch and dropout are not in the paper: these are choices. Differs: one
-gradient a step throughout, where the paper accumulates 4 after 60,000 steps; positions
-count slots, compressed ones included.
+Rae et al., 2019, arXiv:1911.05507: 24 layers, 0.97 bits per character on the test
+split with 3,072 compressed slots (1,152 in training), convolution and attention
+reconstruction, c = 3; Adam, warm-up of 4,000 steps to 3e-4, cosine over 100,000 to
+1e-6, clip 0.1. Batch and dropout are not in the paper: these are choices. Differs:
+one gradient a step throughout, where the paper accumulates 4 after 60,000 steps;
+positions count slots, compressed ones included.
 
 Result: not run; :smoke is run by the tests.
 """

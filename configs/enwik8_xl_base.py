@@ -1,7 +1,8 @@
 r"""Transformer-XL base on enwik8.
 
-python -m cached_tx.main train --config configs/enwik8_xl_base.py --config.data.path=FILE --workdir DIR
-python -m cached_tx.main train --config configs/enwik8_xl_base.py:smoke --workdir DIR
+cached-tx train --config configs/enwik8_xl_base.py \
+    --config.data.path=FILE --workdir DIR
+cached-tx train --config configs/enwik8_xl_base.py:smoke --workdir DIR
 
 Dai et al., 2019, arXiv:1901.02860: 12 layers, 41M parameters, 1.06 bits per character
 on the test split, evaluated with segment 80, memory 2,100, clamp 820 and same_length;

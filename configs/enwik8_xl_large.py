@@ -1,12 +1,13 @@
 r"""Transformer-XL large on enwik8.
 
-python -m cached_tx.main train --config configs/enwik8_xl_large.py --config.data.path=FILE --workdir DIR
-python -m cached_tx.main train --config configs/enwik8_xl_large.py:smoke --workdir DIR
+cached-tx train --config configs/enwik8_xl_large.py \
+    --config.data.path=FILE --workdir DIR
+cached-tx train --config configs/enwik8_xl_large.py:smoke --workdir DIR
 
-Dai et al., 2019, arXiv:1901.02860: 24 layers, 277M parameters, 0.99 bits per character
-on the test split, evaluated with segment 128, memory 3,800, clamp 1,000; Adam,
-400,000 steps of 64 rows, 4,000 of warm-up, dropout 0.15, clip 0.25. Differs: pre-norm;
-newlines are kept and predicted; no clamp.
+Dai et al., 2019, arXiv:1901.02860: 24 layers, 277M parameters, 0.99 bits per
+character on the test split, evaluated with segment 128, memory 3,800, clamp 1,000;
+Adam, 400,000 steps of 64 rows, 4,000 of warm-up, dropout 0.15, clip 0.25. Differs:
+pre-norm; newlines are kept and predicted; no clamp.
 
 Result: not run; :smoke is run by the tests.
 """

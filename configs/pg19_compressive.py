@@ -1,13 +1,15 @@
 r"""Compressive Transformer on PG-19.
 
-python -m cached_tx.main train --config configs/pg19_compressive.py --config.data.path=FOLDER --workdir DIR
-python -m cached_tx.main train --config configs/pg19_compressive.py:smoke --workdir DIR
+cached-tx train --config configs/pg19_compressive.py \
+    --config.data.path=FOLDER --workdir DIR
+cached-tx train --config configs/pg19_compressive.py:smoke --workdir DIR
 
-Rae et al., 2019, arXiv:1911.05507: 36 layers, perplexity per word 43.4 (validation) and
-33.6 (test), counted over 3,007,061 and 6,966,499 words; segment, memory and compressed
-memory 512, c = 2, batch 512, 32,000 sub-words. Width, heads, MLP and dropout are not in
-the paper: the values here are choices. data.vocab names a SentencePiece model of 32,000
-pieces, which stands in for the paper's SubwordTextEncoder.
+Rae et al., 2019, arXiv:1911.05507: 36 layers, perplexity per word 43.4 (validation)
+and 33.6 (test), counted over 3,007,061 and 6,966,499 words; segment, memory and
+compressed memory 512, c = 2, batch 512, 32,000 sub-words. Width, heads, MLP and
+dropout are not in the paper: the values here are choices. data.vocab names a
+SentencePiece model of 32,000 pieces, which stands in for the paper's
+SubwordTextEncoder.
 
 Result: not run; :smoke is run by the tests.
 """

@@ -1,13 +1,15 @@
 r"""Compressive Transformer on WikiText-103.
 
-python -m cached_tx.main train --config configs/wikitext103_compressive.py --config.data.path=FOLDER --workdir DIR
-python -m cached_tx.main train --config configs/wikitext103_compressive.py:smoke --workdir DIR
+cached-tx train --config configs/wikitext103_compressive.py \
+    --config.data.path=FOLDER --workdir DIR
+cached-tx train --config configs/wikitext103_compressive.py:smoke --workdir DIR
 
-Rae et al., 2019, arXiv:1911.05507: 18 layers, test perplexity 17.1 with memory 500 and
-1,500 compressed slots (512 and 512 in training), c = 4 in section 5.3 (3 in appendix
-B); batch 128, Adam, warm-up of 16,000 steps to 3e-4, cosine over 500,000 to 1e-6, clip
-0.1. Dropout is not in the paper: a choice. Differs: one tied softmax over the whole
-vocabulary where the paper's inputs are adaptive; one gradient a step throughout.
+Rae et al., 2019, arXiv:1911.05507: 18 layers, test perplexity 17.1 with memory 500
+and 1,500 compressed slots (512 and 512 in training), c = 4 in section 5.3 (3 in
+appendix B); batch 128, Adam, warm-up of 16,000 steps to 3e-4, cosine over 500,000 to
+1e-6, clip 0.1. Dropout is not in the paper: a choice. Differs: one tied softmax over
+the whole vocabulary where the paper's inputs are adaptive; one gradient a step
+throughout.
 
 Result: not run; :smoke is run by the tests.
 """

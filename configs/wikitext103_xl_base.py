@@ -1,7 +1,8 @@
 r"""Transformer-XL base on WikiText-103.
 
-python -m cached_tx.main train --config configs/wikitext103_xl_base.py --config.data.path=FOLDER --workdir DIR
-python -m cached_tx.main train --config configs/wikitext103_xl_base.py:smoke --workdir DIR
+cached-tx train --config configs/wikitext103_xl_base.py \
+    --config.data.path=FOLDER --workdir DIR
+cached-tx train --config configs/wikitext103_xl_base.py:smoke --workdir DIR
 
 Dai et al., 2019, arXiv:1901.02860: 16 layers, 151M parameters, test perplexity 24.0,
 evaluated with segment 64, memory 640, clamp 400; Adam, 200,000 steps of 60 rows, no

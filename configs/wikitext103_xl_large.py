@@ -1,13 +1,14 @@
 r"""Transformer-XL large on WikiText-103.
 
-python -m cached_tx.main train --config configs/wikitext103_xl_large.py --config.data.path=FOLDER --workdir DIR
-python -m cached_tx.main train --config configs/wikitext103_xl_large.py:smoke --workdir DIR
+cached-tx train --config configs/wikitext103_xl_large.py \
+    --config.data.path=FOLDER --workdir DIR
+cached-tx train --config configs/wikitext103_xl_large.py:smoke --workdir DIR
 
 Dai et al., 2019, arXiv:1901.02860: 18 layers, 257M parameters, test perplexity 18.3,
 evaluated with segment 128, memory 1,600, clamp 1,000; Adam, 4,000,000 steps of 128
 rows, 16,000 of warm-up, dropout 0.2, clip 0.25. Differs: pre-norm; one tied softmax
-over the whole vocabulary where the paper's is adaptive (cutoffs 20k, 40k, 200k, div_val
-4), so that there are more parameters and more work per token.
+over the whole vocabulary where the paper's is adaptive (cutoffs 20k, 40k, 200k,
+div_val 4), so that there are more parameters and more work per token.
 
 Result: not run; :smoke is run by the tests.
 """
