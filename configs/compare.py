@@ -55,6 +55,7 @@ def get_config(mode="xl"):
   c.optimizer = ConfigDict(
     dict(
       peak=4e-3,
+      muon=0.02,
       warmup=50,
       floor=1e-5,
       decay=0.1,

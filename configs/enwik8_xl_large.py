@@ -48,6 +48,7 @@ def get_config(mode="full"):
   c.optimizer = ConfigDict(
     dict(
       peak=2.5e-4,
+      muon=0.0,
       warmup=4_000,
       floor=0.0,
       decay=0.0,

@@ -54,6 +54,7 @@ def get_config(mode="full"):
   c.optimizer = ConfigDict(
     dict(
       peak=3e-4,
+      muon=0.0,
       warmup=16_000,
       floor=1e-6,
       decay=0.0,

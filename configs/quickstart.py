@@ -44,6 +44,7 @@ def get_config(mode="full"):
   c.optimizer = ConfigDict(
     dict(
       peak=3e-3,
+      muon=0.02,
       warmup=50,
       floor=1e-5,
       decay=0.1,

@@ -27,7 +27,7 @@ SECTIONS: dict[str, tuple[str, ...]] = {
     "remat", "unroll", "pattern",
   ),
   "optimizer": (
-    "peak", "warmup", "floor", "decay", "b1", "b2", "clip", "accumulate", "ema",
+    "peak", "muon", "warmup", "floor", "decay", "b1", "b2", "clip", "accumulate", "ema",
   ),
   "mesh": ("data", "fsdp", "tensor", "sequence"),
   "eval": ("every", "batch", "segments"),

@@ -17,7 +17,7 @@ from cached_tx.train.evaluation import Evaluator
 from cached_tx.train.experiment import Experiment
 from cached_tx.train.feed import Feed
 from cached_tx.train.metrics import CompileCounter, MetricsLog
-from cached_tx.train.optimizer import make_optimizer
+from cached_tx.train.optimizer import make_optimizer, matrices
 from cached_tx.train.preemption import Preemption
 from cached_tx.train.run_config import check_config, write_config
 from cached_tx.train.state import TrainState, init_params, init_state, labels
@@ -88,7 +88,8 @@ def prepare(experiment: Experiment) -> tuple[TrainState, TrainState, Callable]:
   ema = options.pop("ema")
   boxed = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
   groups = labels(model, sharding.unboxed(boxed))
-  optimizer = make_optimizer(groups, steps=config.steps, **options)
+  axes = matrices(boxed, groups)
+  optimizer = make_optimizer(groups, axes, steps=config.steps, **options)
   state, shardings = init_state(
     model, optimizer, seed=config.seed, batch=config.batch, ema=ema, mesh=mesh
   )

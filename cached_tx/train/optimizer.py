@@ -1,11 +1,13 @@
-"""AdamW with warm-up and cosine decay, auxiliary gradients clipped apart."""
+"""AdamW, or Muon for matrices; warm-up, cosine, auxiliary gradients clipped apart."""
 
 from collections.abc import Callable
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
+import optax.contrib
 
 AUXILIARY = "auxiliary"
 MAIN = "main"
@@ -36,11 +38,42 @@ def decays(params: Any) -> Any:
   return jax.tree_util.tree_map_with_path(name, params)
 
 
+def matrices(boxed: Any, labels: Any) -> Any:
+  """Which parameters are matrices between two activations, and which axes they map.
+
+  Args:
+    boxed: parameters in boxes with their logical axis names.
+    labels: MAIN or AUXILIARY for each.
+
+  Returns:
+    A pytree like the parameters: the axes that a kernel sums over and those that it
+    makes, for Muon; None for embeddings, biases, gates, and what an auxiliary loss
+    trains. Axes of stacked layers are neither.
+  """
+
+  def split(path, box, label):
+    name = str(getattr(path[-1], "key", path[-1]))
+    if name != "kernel" or label == AUXILIARY or not isinstance(box, nn.Partitioned):
+      return None
+    axes = [i for i, axis in enumerate(box.names) if axis != "layers"]
+    if len(axes) < 2:
+      return None
+    inputs = len(axes) - 1 if box.names[-1] == "embed" else 1
+    return optax.contrib.MuonDimensionNumbers(
+      tuple(axes[:inputs]), tuple(axes[inputs:])
+    )
+
+  is_box = lambda x: isinstance(x, nn.Partitioned)
+  return jax.tree_util.tree_map_with_path(split, boxed, labels, is_leaf=is_box)
+
+
 def make_optimizer(
   labels: Any,
+  axes: Any = None,
   *,
   steps: int,
   peak: float,
+  muon: float,
   warmup: int,
   floor: float,
   decay: float,
@@ -55,11 +88,15 @@ def make_optimizer(
     labels: a pytree like the parameters, of MAIN and AUXILIARY: the parameters that
       an auxiliary loss trains are clipped by a norm of their own, or a large auxiliary
       gradient would shrink the model's.
+    axes: as of `matrices`; needed for Muon.
     steps: training steps, before accumulation.
-    peak: largest learning rate.
+    peak: largest learning rate of AdamW.
+    muon: largest learning rate of Muon (Jordan et al., 2024: momentum made
+      orthogonal), which then trains the matrices; 0 leaves them to AdamW.
     warmup: updates of linear warm-up.
     floor: learning rate at the end.
-    decay: weight decay of kernels and embeddings, times the learning rate.
+    decay: weight decay of kernels and embeddings, times the learning rate; with Muon,
+      of the matrices alone.
     b1: decay of the first moment.
     b2: decay of the second moment.
     clip: largest global norm of each group's gradient; 0 does not clip.
@@ -80,7 +117,20 @@ def make_optimizer(
   if clip:
     groups = {name: optax.clip_by_global_norm(clip) for name in (MAIN, AUXILIARY)}
     parts.append(optax.partition(groups, labels))
-  parts.append(optax.adamw(rate, b1, b2, eps=1e-8, weight_decay=decay, mask=decays))
+  if muon:
+    parts.append(
+      optax.contrib.muon(
+        schedule(updates, muon, warmup, floor * muon / peak),
+        adam_learning_rate=rate,
+        adam_b1=b1,
+        adam_b2=b2,
+        weight_decay=decay,
+        weight_decay_mask=decays,
+        muon_weight_dimension_numbers=axes,
+      )
+    )
+  else:
+    parts.append(optax.adamw(rate, b1, b2, eps=1e-8, weight_decay=decay, mask=decays))
   optimizer = optax.chain(*parts)
   if accumulate > 1:
     optimizer = optax.MultiSteps(optimizer, accumulate).gradient_transformation()

@@ -43,10 +43,12 @@ def get_config(kind="none"):
       width=16,
       heads=2,
       mlp=32,
+      activation="gelu",
       positions="rotary",
       dropout=0.1,
       dtype="float32",
       remat="none",
+      unroll=1,
       pattern=(),
     )
   )
@@ -54,6 +56,7 @@ def get_config(kind="none"):
   c.optimizer = ConfigDict(
     dict(
       peak=1e-2,
+      muon=0.0,
       warmup=3,
       floor=1e-4,
       decay=0.1,
