@@ -20,7 +20,8 @@ def build_model(config: Any, vocab: int) -> DecoderLM:
   """
   options = dict(config.model)
   pattern = tuple(options.pop("pattern"))
-  known = set(DecoderLM.__dataclass_fields__) - {"parent", "name"}
+  elsewhere = {"parent", "name", "vocab", "segment", "tbptt", "memories"}
+  known = set(DecoderLM.__dataclass_fields__) - elsewhere
   unknown = sorted(set(options) - known)
   if unknown:
     raise ValueError(f"model.{unknown[0]} is no option; there are: {sorted(known)}")
@@ -51,6 +52,11 @@ def _memory(options: dict, dtype: str) -> MemoryModule:
     raise ValueError(
       f"memory has no key 'kind' but {sorted(options)}; give one, or name the "
       "memories of a period in model.pattern"
+    )
+  if "dtype" in options:
+    raise ValueError(
+      f"memory.dtype is {options['dtype']!r}, but memories compute in the dtype of the "
+      "model: drop the key, or change model.dtype"
     )
   memory = build_memory(**options)
   return memory.clone(dtype=dtype) if hasattr(memory, "dtype") else memory
