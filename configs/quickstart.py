@@ -10,17 +10,17 @@ from ml_collections import ConfigDict
 def get_config(mode="full"):
   c = ConfigDict()
   c.seed = 0
-  c.steps = 600
-  c.batch = 16  # rows over all devices
-  c.segment = 128  # tokens between two updates of the memory
-  c.segments = 2  # per step
+  c.steps = 420
+  c.batch = 32  # rows over all devices
+  c.segment = 64  # tokens between two updates of the memory
+  c.segments = 1  # per step
   c.tbptt = 1  # segments that a gradient spans
   c.data = ConfigDict(dict(name="web_en", path="", tokenizer="bytes", vocab=""))
   c.model = ConfigDict(
     dict(
       layers=4,
       width=192,
-      heads=4,
+      heads=3,
       mlp=768,
       activation="relu2",
       positions="rotary",
@@ -34,7 +34,7 @@ def get_config(mode="full"):
   c.memory = ConfigDict(
     dict(
       kind="compressive",
-      size=128,
+      size=64,
       compressed=64,
       rate=4,
       compressor="conv",
@@ -45,7 +45,7 @@ def get_config(mode="full"):
     dict(
       peak=3e-3,
       muon=0.02,
-      warmup=50,
+      warmup=40,
       floor=1e-5,
       decay=0.1,
       b1=0.9,
@@ -56,8 +56,8 @@ def get_config(mode="full"):
     )
   )
   c.mesh = ConfigDict(dict(data=-1, fsdp=1, tensor=1, sequence=1))
-  c.eval = ConfigDict(dict(every=200, batch=16, segments=32))
-  c.save = ConfigDict(dict(every=200, keep=2))
+  c.eval = ConfigDict(dict(every=210, batch=32, segments=32))
+  c.save = ConfigDict(dict(every=210, keep=2))
   c.log_every = 10
   if mode == "smoke":
     c.steps, c.batch, c.segment = 20, 8, 32
