@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from cached_tx.data import EvaluationBatches, Tokens
 from cached_tx.models import DecoderLM
-from cached_tx.train import sharding
+from cached_tx.train import processes, sharding
 from cached_tx.train.feed import Feed
 from cached_tx.types import Segment, State
 
@@ -68,6 +68,7 @@ class Evaluator:
     abstract = jax.eval_shape(lambda: model.initial_state(rows))
     kept = sharding.memory_shardings(abstract, mesh)
     self._empty = jax.jit(lambda: model.initial_state(rows), out_shardings=kept)
+    self._compiled = False
     self._step = jax.jit(self._segment, out_shardings=((whole, whole), kept))
 
   def __call__(self, params: Any, memory: str = "kept") -> Evaluation:
@@ -91,6 +92,9 @@ class Evaluator:
     past, sums = [empty] * STALE, []
     for index in range(self._count):
       batch = self._feed(self.batches[index])
+      if not self._compiled:
+        processes.compile_together(self._step, params, state, batch)
+        self._compiled = True
       past = [*past[1:], state]
       read = {
         "kept": lambda: state,  # noqa: B023 - called at once

@@ -1,5 +1,6 @@
 """The training loop. It names no variant."""
 
+import json
 import logging
 import os
 from collections.abc import Callable
@@ -9,8 +10,8 @@ import flax.linen as nn
 import jax
 from ml_collections import ConfigDict
 
-from cached_tx.data import Batches, TrainStream, counts, tokenize
-from cached_tx.train import sharding
+from cached_tx.data import Batches, Tokens, TrainStream, counts, tokenize
+from cached_tx.train import processes, sharding
 from cached_tx.train.checkpoint import Checkpoints
 from cached_tx.train.config import to_json
 from cached_tx.train.evaluation import Evaluator
@@ -61,12 +62,13 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> Result:
   """
   experiment = Experiment(config)
   mesh, _ = experiment.mesh, experiment.model  # refuses what does not fit, early
+  processes.assert_same(json.dumps(to_json(config), sort_keys=True), "the config")
   check_config(workdir, to_json(config))
   write_config(workdir, to_json(config))
   batch, length = config.batch, config.segment * config.segments
   feed = Feed(mesh, batch, length)
   stream = TrainStream(
-    tokenize(experiment.documents("train"), experiment.tokenizer),
+    _tokens(experiment, "train"),
     rows=batch,
     length=length,
     seed=config.seed,
@@ -142,7 +144,10 @@ def _run(
     ):
       step, first = start, 0
       for step in range(start + 1, config.steps + 1):
-        state, metrics = step_fn(state, feed(next(batches)))
+        batch = feed(next(batches))
+        if step == start + 1:
+          processes.compile_together(step_fn, state, batch)
+        state, metrics = step_fn(state, batch)
         log.push(step - 1, metrics)
         first = first or compiled.counts["train_step"]
         scores = {}
@@ -162,11 +167,17 @@ def _run(
     return Result(state, step == config.steps, again)
 
 
+def _tokens(experiment: Experiment, split: str) -> Tokens:
+  return processes.first_then_others(
+    lambda: tokenize(experiment.documents(split), experiment.tokenizer)
+  )
+
+
 def _validation(experiment: Experiment) -> Evaluator:
   config = experiment.config
   return Evaluator(
     experiment.model,
-    tokenize(experiment.documents("validation"), experiment.tokenizer),
+    _tokens(experiment, "validation"),
     rows=config.eval.batch,
     mesh=experiment.mesh,
     segments=config.eval.segments,

@@ -56,7 +56,13 @@ class Run:
   def __init__(self, workdir: Path, kind: str, text: Path, *options: str):
     self.workdir = workdir
     config = f"--config={Path(toy.__file__)}:{kind}"
-    flags = [config, f"--config.data.path={text}", f"--workdir={workdir}", *options]
+    flags = [
+      config,
+      f"--config.data.path={text}",
+      f"--workdir={workdir}",
+      "--noreport",
+      *options,
+    ]
     self.argv = [sys.executable, "-m", "cached_tx.main", "train", *flags]
 
   def start(self) -> subprocess.Popen:

@@ -11,66 +11,34 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
+from configs import quickstart
+
 MEMORIES = {
-  "none": dict(kind="none"),
-  "xl": dict(kind="xl", size=12),
-  "compressive": dict(
-    kind="compressive",
-    size=8,
-    compressed=6,
-    rate=2,
-    compressor="conv",
-    loss="attention",
-  ),
-  "grc": dict(kind="grc", size=5, ratio=0.5),
-  "favor": dict(kind="favor", features=8, chunk=4),
+  "none": {},
+  "xl": {"size": 12},
+  "compressive": {
+    "size": 8,
+    "compressed": 6,
+    "rate": 2,
+    "compressor": "conv",
+    "loss": "attention",
+  },
+  "grc": {"size": 5, "ratio": 0.5},
+  "favor": {"features": 8, "chunk": 4},
 }
 SEGMENT, SAVE_EVERY = 8, 7
 
 
 def get_config(kind="none"):
-  c = ConfigDict()
-  c.seed = 3
-  c.steps = 30
-  c.batch = 4
-  c.segment = SEGMENT
-  c.segments = 2
-  c.tbptt = 2
-  c.data = ConfigDict(dict(name="text", path="", tokenizer="bytes", vocab=""))
-  c.model = ConfigDict(
-    dict(
-      layers=2,
-      width=16,
-      heads=2,
-      mlp=32,
-      activation="gelu",
-      positions="rotary",
-      dropout=0.1,
-      dtype="float32",
-      remat="none",
-      unroll=1,
-      pattern=(),
-    )
-  )
-  c.memory = ConfigDict(MEMORIES[kind])
-  c.optimizer = ConfigDict(
-    dict(
-      peak=1e-2,
-      muon=0.0,
-      warmup=3,
-      floor=1e-4,
-      decay=0.1,
-      b1=0.9,
-      b2=0.98,
-      clip=1.0,
-      accumulate=1,
-      ema=0.9,
-    )
-  )
-  c.mesh = ConfigDict(dict(data=-1, fsdp=1, tensor=1, sequence=1))
-  c.eval = ConfigDict(dict(every=10, batch=4, segments=2))
-  c.save = ConfigDict(dict(every=SAVE_EVERY, keep=3))
-  c.log_every = 1
+  c = quickstart.get_config("smoke").unlock()
+  c.seed, c.steps, c.batch, c.log_every = 3, 30, 4, 1
+  c.segment, c.segments, c.tbptt = SEGMENT, 2, 2
+  c.data.update({"name": "text", "path": ""})
+  c.model.update({"layers": 2, "width": 16, "heads": 2, "mlp": 32, "dropout": 0.1})
+  c.memory = ConfigDict({"kind": kind, **MEMORIES[kind]})
+  c.optimizer.update({"peak": 1e-2, "warmup": 3, "ema": 0.9})
+  c.eval.update({"every": 10, "batch": 4, "segments": 2})
+  c.save.update({"every": SAVE_EVERY, "keep": 3})
   return c.lock()
 
 
