@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
-from io import BufferedIOBase
 from typing import Any, NamedTuple
 
 import jax
@@ -194,9 +193,10 @@ def _chunk(
 
   def one(carry: _Carry, forced: Int[Array, "B"]) -> tuple[_Carry, Int[Array, "B"]]:
     token = jnp.where(forced >= 0, forced, carry.sampled)[:, None]
-    logits, state, _ = model.apply(
+    out: Any = model.apply(
       {"params": params}, token, carry.state, Segment(token == bos)
     )
+    logits, state, _ = out
     sampled = _sample(logits[:, 0], carry.number, sampling, greedy, cut)
     return _Carry(state, sampled, carry.number + 1), sampled
 
@@ -259,7 +259,7 @@ def decoded(
 def write(
   own: Loaded,
   prompt: bytes,
-  out: BufferedIOBase,
+  out: Any,
   *,
   tokens: int,
   keep_going: bool = False,
@@ -270,7 +270,7 @@ def write(
   Args:
     own: the model.
     prompt: the document so far; may be empty.
-    out: gets the raw bytes, flushed.
+    out: a binary file; gets the raw bytes, flushed.
     tokens: at most so many.
     keep_going: where the model ends the document, go on with a new one, after an
       empty line; otherwise stop there.

@@ -3,66 +3,205 @@
 Flags only. What a command needs is imported when it runs, so that help is instant.
 """
 
+import json
 import sys
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
-from absl import app, flags, logging
+from absl import flags
+
+from cached_tx.cli import Command, execute
 
 STOPPED = 143  # 128 + SIGTERM: what launchers take for "start me again"
+SPLITS = ("train", "validation", "test")
 
 
-class Command(NamedTuple):
-  """One word of the command line.
-
-  Attributes:
-    help: one line.
-    define: makes its flags.
-    run: does the work, given the parsed flags; returns the exit status.
-  """
-
-  help: str
-  define: Callable[[], None]
-  run: Callable[[Any], int | None]
-
-
-def _define_config(required: bool = True) -> None:
+def _config(values: flags.FlagValues, argv: list[str]) -> None:
   from ml_collections import config_flags
 
+  text = "configs/FILE.py[:variant]; change a key with --config.model.width=256"
   config_flags.DEFINE_config_file(
-    "config", None, "configs/FILE.py[:variant]; change keys with --config.a.b=value"
+    "config", None, text, flag_values=values, sys_argv=argv
   )
-  if required:
-    flags.mark_flag_as_required("config")
 
 
-def _define_workdir() -> None:
-  flags.DEFINE_string("workdir", None, "folder of the run")
-  flags.mark_flag_as_required("workdir")
+def _workdir(values: flags.FlagValues, text: str = "folder of the run") -> None:
+  flags.DEFINE_string("workdir", None, text, flag_values=values)
 
 
-def _define_train() -> None:
-  _define_config()
-  _define_workdir()
+def _step(values: flags.FlagValues) -> None:
+  text = "finished steps of the checkpoint; the newest valid one if not given"
+  flags.DEFINE_integer("step", None, text, 0, flag_values=values)
+
+
+def _json(values: flags.FlagValues) -> None:
+  flags.DEFINE_string("json", None, "also write a JSON file", flag_values=values)
+
+
+def _required(values: flags.FlagValues, *names: str) -> None:
+  for name in names:
+    if getattr(values, name) is None:
+      raise ValueError(f"--{name} is required")
+
+
+def _processes(values: flags.FlagValues) -> None:
+  text = (
+    "how processes find each other: auto (TPU pods, SLURM, Open MPI, or the variables"
+    " COORDINATOR_ADDRESS, NUM_PROCESSES and PROCESS_ID), off, or HOST:PORT,NUM,ID"
+  )
+  flags.DEFINE_string("distributed", "auto", text, flag_values=values)
+  text = "seconds after which a process that says nothing counts as dead"
+  flags.DEFINE_integer("heartbeat", 100, text, 1, flag_values=values)
+
+
+def _define_train(values: flags.FlagValues, argv: list[str]) -> None:
+  _config(values, argv)
+  _workdir(values, "folder of the run; one that holds a run continues it")
+  text = "when training has finished, evaluate and show what the model learned"
+  flags.DEFINE_bool("report", True, text, flag_values=values)
+  _processes(values)
 
 
 def _train(values: Any) -> int:
+  _required(values, "config", "workdir")
+  from cached_tx.train.processes import join
+
+  join(values.distributed, values.heartbeat)  # before anything else uses devices
+  from cached_tx.report import report, trained
   from cached_tx.train.loop import train
 
-  result = train(values.config, values.workdir)
-  if result.finished:
-    return 0
-  done, steps = int(result.state.step), values.config.steps
-  print(
-    f"cached-tx: stopped by a signal after step {done} of {steps}, which is saved; the"
-    f" same command continues there (exit status {STOPPED})",
-    file=sys.stderr,
+  if trained(values.config, values.workdir):
+    print(f"{values.workdir} has all {values.config.steps} steps: nothing to train")
+  else:
+    result = train(values.config, values.workdir)
+    if not result.finished:
+      done, steps = int(result.state.step), values.config.steps
+      print(
+        f"cached-tx: stopped by a signal after step {done} of {steps}, which is saved;"
+        f" the same command continues there (exit status {STOPPED})",
+        file=sys.stderr,
+      )
+      return STOPPED
+  if values.report:
+    report(values.workdir)
+  return 0
+
+
+def _define_evaluate(values: flags.FlagValues, argv: list[str]) -> None:
+  del argv
+  own: Any = {"flag_values": values}
+  _workdir(values)
+  flags.DEFINE_enum("split", "test", SPLITS, "which text", **own)
+  text = "what each segment reads: kept, zeroed, shuffled, stale; several with commas"
+  flags.DEFINE_list("memory", ["kept"], text, **own)
+  text = "change a config key, such as memory.size=512 or segment=64; may come often"
+  flags.DEFINE_multi_string("set", [], text, **own)
+  text = "lanes that the text is cut into; eval.batch if 0"
+  flags.DEFINE_integer("rows", 0, text, 0, **own)
+  text = "at most so many segments of every row; 0: the whole split"
+  flags.DEFINE_integer("segments", 0, text, 0, **own)
+  _step(values)
+  _json(values)
+
+
+def _evaluate(values: Any) -> None:
+  _required(values, "workdir")
+  from cached_tx.evaluate import evaluate, text
+
+  found = evaluate(
+    values.workdir,
+    split=values.split,
+    memory=values.memory,
+    changes=values.set,
+    rows=values.rows,
+    segments=values.segments,
+    step=values.step,
   )
-  return STOPPED
+  _show(text(found), found, values.json)
+
+
+def _define_generate(values: flags.FlagValues, argv: list[str]) -> None:
+  del argv
+  own: Any = {"flag_values": values}
+  _workdir(values)
+  flags.DEFINE_string("prompt", None, "the document so far", **own)
+  flags.DEFINE_string("prompt_file", None, "or a file that holds it", **own)
+  flags.DEFINE_integer("tokens", 300, "how many to sample at most", 0, **own)
+  text = "divides the logits; 0 takes the most likely token"
+  flags.DEFINE_float("temperature", 0.8, text, 0, **own)
+  text = "sample from so many of the most likely tokens; 0: from all"
+  flags.DEFINE_integer("top_k", 0, text, 0, **own)
+  text = "sample from the fewest tokens that have this probability together"
+  flags.DEFINE_float("top_p", 1.0, text, 0, 1, **own)
+  flags.DEFINE_integer("seed", 0, "the same seed gives the same text", **own)
+  text = "when the model ends the document, begin another instead of stopping"
+  flags.DEFINE_bool("keep_going", False, text, **own)
+  _step(values)
+
+
+def _generate(values: Any) -> None:
+  _required(values, "workdir")
+  if values.prompt is not None and values.prompt_file is not None:
+    raise ValueError("--prompt and --prompt_file cannot both be given")
+  prompt = (values.prompt or "").encode(errors="surrogateescape")
+  if values.prompt_file is not None:
+    prompt = Path(values.prompt_file).read_bytes()
+  from cached_tx.generate import write
+  from cached_tx.load import load
+
+  write(
+    load(values.workdir, values.step),
+    prompt,
+    sys.stdout.buffer,
+    tokens=values.tokens,
+    keep_going=values.keep_going,
+    temperature=values.temperature,
+    top_k=values.top_k,
+    top_p=values.top_p,
+    seed=values.seed,
+  )
+  if sys.stdout.isatty():
+    print()
+
+
+def _define_inspect(values: flags.FlagValues, argv: list[str]) -> None:
+  _config(values, argv)
+  _workdir(values, "or the folder of a run, for the config that it has")
+  text = "also compile the training step and ask XLA for its memory"
+  flags.DEFINE_bool("compile", False, text, flag_values=values)
+  _json(values)
+
+
+def _inspect(values: Any) -> None:
+  if (values.config is None) == (values.workdir is None):
+    raise ValueError("give --config or --workdir, one of them")
+  from cached_tx.inspect import inspect, text
+  from cached_tx.train.experiment import Experiment
+
+  own = values.config
+  experiment = Experiment.of(values.workdir) if own is None else Experiment(own)
+  found = inspect(experiment, values.compile)
+  _show(text(found), found, values.json)
+
+
+def _show(text: str, found: dict[str, Any], path: str | None) -> None:
+  print(text)
+  if path is not None:
+    Path(path).write_text(json.dumps(found, indent=2) + "\n")
 
 
 COMMANDS = {
-  "train": Command("train, or continue, the model of a config", _define_train, _train),
+  "train": Command("train, or continue, a model", _define_train, _train),
+  "evaluate": Command(
+    "bits per byte of a whole split, with memory and without",
+    _define_evaluate,
+    _evaluate,
+  ),
+  "generate": Command("sample text, as it comes", _define_generate, _generate),
+  "inspect": Command(
+    "parameters, states, FLOPs and bytes, without running", _define_inspect, _inspect
+  ),
 }
 
 
@@ -83,7 +222,7 @@ def _usage() -> str:
 
 
 def run(argv: Sequence[str] | None = None) -> None:
-  """The entry point; exits the process."""
+  """The entry point; exits the process: 0, 1 (an error), 2 (no such command)."""
   argv = list(sys.argv if argv is None else argv)
   name = argv[1] if len(argv) > 1 else ""
   if name in ("", "-h", "--help", "help"):
@@ -97,24 +236,8 @@ def run(argv: Sequence[str] | None = None) -> None:
   if name not in COMMANDS:
     print(f"cached-tx: no command {name!r}\n\n{_usage()}", file=sys.stderr)
     sys.exit(2)
-  command = COMMANDS[name]
-  sys.modules["__main__"].__doc__ = f"cached-tx {name}: {command.help}"
-  command.define()
-  app.run(lambda _: _guarded(command), [f"cached-tx {name}", *argv[2:]])
+  sys.exit(execute(name, COMMANDS[name], argv[2:]))
 
-
-def _guarded(command: Command) -> int:
-  logging.set_verbosity(logging.WARNING)
-  try:
-    return command.run(flags.FLAGS) or 0
-  except (ValueError, FileNotFoundError, FloatingPointError) as error:
-    if flags.FLAGS.debug_errors:
-      raise
-    print(f"cached-tx: {error}", file=sys.stderr)
-    return 1
-
-
-flags.DEFINE_bool("debug_errors", False, "show where an error arose")
 
 if __name__ == "__main__":
   run()

@@ -20,7 +20,9 @@ ORDER = (
   ("layers",),
   ("models",),
   ("train",),
-  ("baselines", "evaluate", "generate", "inspect", "load"),
+  ("baselines", "cli", "tables"),
+  ("inspect", "load"),
+  ("evaluate", "generate"),
   ("report",),
   ("main",),
 )

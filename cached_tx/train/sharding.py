@@ -5,8 +5,9 @@ from typing import Any
 import flax.linen as nn
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
+AnyMesh = Mesh | AbstractMesh  # without devices: for shapes alone
 AXES = ("data", "fsdp", "tensor", "sequence")
 RULES = (
   ("batch", ("data", "fsdp")),
@@ -60,7 +61,7 @@ def unboxed(params: Any) -> Any:
   )
 
 
-def parameter_shardings(boxed: Any, mesh: Mesh) -> Any:
+def parameter_shardings(boxed: Any, mesh: AnyMesh) -> Any:
   """Shardings of parameters by the logical names that they carry.
 
   A dimension that its mesh axes do not divide stays whole (the 257 rows of a byte
@@ -70,7 +71,7 @@ def parameter_shardings(boxed: Any, mesh: Mesh) -> Any:
   return jax.tree.map(lambda s, a: _fitting(s, a, mesh), specs, unboxed(boxed))
 
 
-def _fitting(sharding: NamedSharding, array: Any, mesh: Mesh) -> NamedSharding:
+def _fitting(sharding: NamedSharding, array: Any, mesh: AnyMesh) -> NamedSharding:
   spec = list(sharding.spec) + [None] * (len(array.shape) - len(sharding.spec))
   for i, axes in enumerate(spec):
     names = axes if isinstance(axes, tuple) else (axes,) if axes else ()
@@ -79,7 +80,7 @@ def _fitting(sharding: NamedSharding, array: Any, mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec(*spec))
 
 
-def like_parameters(tree: Any, params: Any, shardings: Any, mesh: Mesh) -> Any:
+def like_parameters(tree: Any, params: Any, shardings: Any, mesh: AnyMesh) -> Any:
   """Shardings for a tree that holds copies of the parameters, an optimiser's state.
 
   A leaf whose path ends in a parameter's path, and that has its shape, lies where the
@@ -112,17 +113,17 @@ def _names(path: tuple) -> tuple[str, ...]:
   )
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
+def replicated(mesh: AnyMesh) -> NamedSharding:
   """The same on every device."""
   return NamedSharding(mesh, PartitionSpec())
 
 
-def rows(mesh: Mesh, leading: int = 0) -> NamedSharding:
+def rows(mesh: AnyMesh, leading: int = 0) -> NamedSharding:
   """Rows divided among the devices, behind `leading` axes that are not."""
   return NamedSharding(mesh, PartitionSpec(*(None,) * leading, ("data", "fsdp")))
 
 
-def memory_shardings(state: Any, mesh: Mesh) -> Any:
+def memory_shardings(state: Any, mesh: AnyMesh) -> Any:
   """Shardings of a model's memory, whose leaves lead with G, then B.
 
   Leaves without elements (a memory of 0 slots) are replicated: arrays of no size

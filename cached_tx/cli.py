@@ -1,0 +1,106 @@
+"""Runs one command with its flags, and says in words what the user can mend."""
+
+import re
+import sys
+import textwrap
+import traceback
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from absl import flags, logging
+
+_SPACE = " " * 6
+
+
+class Command(NamedTuple):
+  """One word of the command line.
+
+  Attributes:
+    help: one line.
+    define: makes its flags, given where to put them and all arguments.
+    run: does the work, given the parsed flags; returns the exit status.
+  """
+
+  help: str
+  define: Callable[[flags.FlagValues, list[str]], None]
+  run: Callable[[Any], int | None]
+
+
+def execute(name: str, command: Command, arguments: list[str]) -> int:
+  """Runs a command; what the user can mend is one message, not a traceback.
+
+  Args:
+    name: of the command.
+    command: to run.
+    arguments: what follows the name.
+
+  Returns:
+    The exit status.
+  """
+  logging.set_verbosity(logging.ERROR)
+  values = flags.FlagValues()
+  text = "show where an error arose"
+  flags.DEFINE_bool("debug_errors", False, text, flag_values=values)
+  argv = [f"cached-tx {name}", *arguments]
+  try:
+    command.define(values, argv)
+    if {"-h", "--help"} & set(arguments):
+      print(help_text(name, command, values))
+      return 0
+    _parse(values, argv)
+    return command.run(values) or 0
+  except (ValueError, OSError, FloatingPointError, flags.Error) as error:
+    if "--debug_errors" in arguments:
+      _leave_others(error)
+      raise
+    print(f"cached-tx {name}: {error}", file=sys.stderr)
+    _leave_others()
+    return 1
+  except Exception as error:
+    _leave_others(error)
+    raise
+
+
+def _leave_others(error: Exception | None = None) -> None:
+  """Ends a process among several, which a usual exit would keep waiting for them."""
+  processes = sys.modules.get("cached_tx.train.processes")
+  if processes is not None and processes.joined():
+    if error is not None:
+      traceback.print_exception(error)
+    processes.leave_at_once(1)
+
+
+def _parse(values: flags.FlagValues, argv: list[str]) -> None:
+  """Raises ValueError in words that fit a command line."""
+  try:
+    rest = values(argv)
+    if "config" in values and values.config is not None:
+      dir(values.config.steps)  # a file that cannot be read raises only now
+  except flags.UnrecognizedFlagError as error:
+    raise ValueError(f"{error}; --help lists the flags") from None
+  except flags.IllegalFlagValueError as error:
+    first, *_, last = str(error).strip().splitlines() * 2  # a traceback between them
+    raise ValueError(first if first == last else f"{first} {last}") from None
+  except (KeyError, AttributeError) as error:  # of a config's keys
+    key = re.search(r"\w+", str(error.args[0]))
+    found = re.search(r'Did you mean "(\w+)"', str(error))
+    hint = f"; did you mean {found[1]}?" if found else ""
+    raise ValueError(f"--config has no key {key[0] if key else error}{hint}") from None
+  except OSError as error:
+    last = str(error).strip().splitlines()[-1].strip()
+    raise ValueError(f"--config cannot be read: {last}") from None
+  if len(rest) > 1:
+    raise ValueError(f"what is {rest[1]!r}? --help lists the flags")
+
+
+def help_text(name: str, command: Command, values: flags.FlagValues) -> str:
+  """The flags of a command."""
+  about = command.help
+  lines = [f"usage: cached-tx {name} [flags]", "", about[0].upper() + about[1:], ""]
+  for name in values:
+    flag = values[name]
+    usual = "" if flag.default in (None, "", [], False) else f" ({flag.default})"
+    lines.append(f"  --{'[no]' if flag.boolean else ''}{name}")
+    about = " ".join(f"{flag.help}{usual}".split())
+    lines += textwrap.wrap(about, 80, initial_indent=_SPACE, subsequent_indent=_SPACE)
+  return "\n".join(lines)

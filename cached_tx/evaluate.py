@@ -1,0 +1,178 @@
+"""How well a trained model predicts a whole split, with its memory and without."""
+
+import math
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+from jax.sharding import Mesh
+
+from cached_tx.data import counts, tokenize
+from cached_tx.inspect import attended_slots
+from cached_tx.tables import aligned
+from cached_tx.train import sharding
+from cached_tx.train.evaluation import MEMORY, Evaluation, Evaluator
+from cached_tx.train.experiment import Experiment
+
+
+def evaluate(
+  workdir: str | os.PathLike,
+  *,
+  split: str = "test",
+  memory: Sequence[str] = ("kept",),
+  changes: Sequence[str] = (),
+  rows: int = 0,
+  segments: int = 0,
+  step: int | None = None,
+) -> dict[str, Any]:
+  """Evaluates a checkpoint.
+
+  Args:
+    workdir: of the training run.
+    split: train, validation or test.
+    memory: what each segment reads, see `Evaluator`: one or more of kept, zeroed,
+      shuffled, stale.
+    changes: to the config, such as memory.size=512 or segment=64.
+    rows: lanes that the text is cut into; 0: eval.batch. Each but the first begins
+      inside a document without memory, so fewer are kinder, and slower.
+    segments: at most so many of every lane; 0: the whole split.
+    step: of the checkpoint; None for the newest valid one.
+
+  Returns:
+    JSON data, see `measured`; also the step.
+
+  Raises:
+    FileNotFoundError: nothing was trained in `workdir`.
+    ValueError: an argument out of its range, or a change that does not fit.
+  """
+  given = Experiment.of(workdir, changes=changes)
+  rows = rows or given.config.eval.batch
+  if rows < 1 or segments < 0:
+    raise ValueError(
+      f"rows={rows}, segments={segments}: 1 or more, and 0 (all) or more"
+    )
+  experiment = Experiment(given.config, usable_mesh(given, rows))
+  params, step = experiment.restore_params(workdir, step)
+  found = measured(
+    experiment, params, split=split, memory=memory, rows=rows, segments=segments
+  )
+  return {"workdir": os.fspath(workdir), "step": step, "set": [*changes], **found}
+
+
+def usable_mesh(experiment: Experiment, rows: int) -> Mesh:
+  """The config's mesh; if it does not fit devices and rows, all devices, or one."""
+  tried = [dict(experiment.config.mesh)]
+  tried.append({**dict.fromkeys(tried[0], 1), "data": -1})
+  for axes in tried:
+    try:
+      mesh = sharding.make_mesh(**axes)
+    except ValueError:
+      continue
+    if rows % (mesh.shape["data"] * mesh.shape["fsdp"]) == 0:
+      return mesh
+  if jax.process_count() > 1:
+    raise ValueError(
+      f"{rows} rows cannot be divided among {jax.device_count()} devices: change rows"
+    )
+  return sharding.one_device()
+
+
+def measured(
+  experiment: Experiment,
+  params: Any,
+  *,
+  split: str,
+  memory: Sequence[str] = ("kept",),
+  rows: int,
+  segments: int = 0,
+) -> dict[str, Any]:
+  """Evaluates parameters on a split.
+
+  Returns:
+    JSON data: what was read (split, documents, bytes, words and the rule by which
+    they were counted, targets, whether it was the whole split), how (rows, segment,
+    attended slots of every layer of the period), and "scores": for each choice of
+    memory the loss in nats per token, bits per byte, perplexity per token, and per
+    word where the whole split was read (else None).
+
+  Raises:
+    ValueError: an unknown split or memory.
+  """
+  for name in memory:
+    if name not in MEMORY:
+      raise ValueError(f"memory={name!r} is unknown: one of {', '.join(MEMORY)}")
+  model = experiment.model
+  documents = experiment.documents(split)
+  size = counts(documents)
+  tokens = tokenize(documents, experiment.tokenizer)
+  with jax.set_mesh(experiment.mesh), nn.logical_axis_rules(sharding.RULES):
+    evaluator = Evaluator(
+      model, tokens, rows=rows, mesh=experiment.mesh, segments=segments
+    )
+    results = {name: evaluator(params, name) for name in memory}
+  targets = evaluator.batches.targets
+  whole = not segments or segments >= len(evaluator.batches)
+  return {
+    "data": experiment.config.data.name,
+    "split": split,
+    "whole": whole,
+    "documents": size.documents,
+    "bytes": size.bytes,
+    "words": size.words,
+    "words_rule": size.rule,
+    "targets": next(iter(results.values())).targets if results else 0,
+    "rows": rows,
+    "segment": model.segment,
+    "attended_slots": attended_slots(model),
+    "devices": experiment.mesh.size,
+    "scores": {
+      name: _score(result, size.bytes / targets, size.words if whole else None)
+      for name, result in results.items()
+    },
+  }
+
+
+def _score(
+  result: Evaluation, bytes_per_token: float, words: int | None
+) -> dict[str, float | None]:
+  per_word = _exp(result.nats / words) if words else None
+  return {
+    "loss": result.loss,
+    "bits_per_byte": result.loss / math.log(2) / bytes_per_token,
+    "perplexity": _exp(result.loss),
+    "word_perplexity": per_word,
+  }
+
+
+def _exp(nats: float) -> float | None:
+  """None where it is larger than any float."""
+  return math.exp(nats) if nats < 700 else None
+
+
+def text(found: dict[str, Any]) -> str:
+  """What `evaluate` found, for people."""
+  kinds = ["running sums" if s is None else f"{s}" for s in found["attended_slots"]]
+  part = "whole split" if found["whole"] else "beginning of every row only"
+  lines = [
+    f"{found['data']} {found['split']}, {part}: {found['targets']:,} tokens predicted "
+    f"of {found['bytes']:,} bytes in {found['documents']:,} documents, "
+    f"{found['words']:,} words ({found['words_rule']})",
+    f"checkpoint of step {found['step']}, {found['rows']} rows on {found['devices']} "
+    f"device{'s' * (found['devices'] > 1)}, segment {found['segment']}, attended slots "
+    f"{', '.join(kinds)}" + "".join(f", {change}" for change in found["set"]),
+    "",
+  ]
+  head = ("memory", "bits/byte", "nats/token", "perplexity/token", "perplexity/word")
+  rows = [head]
+  for name, score in found["scores"].items():
+    word = score["word_perplexity"]
+    rows.append((
+      name,
+      f"{score['bits_per_byte']:.4f}",
+      f"{score['loss']:.4f}",
+      f"{score['perplexity']:,.3f}",
+      "-" if word is None else f"{word:,.4g}",
+    ))  # fmt: skip
+  return "\n".join([*lines, *aligned(rows)])

@@ -1,0 +1,202 @@
+"""What a finished run shows: scores beside baselines, a sample, a plot, the speed."""
+
+import io
+import json
+import os
+import statistics
+from pathlib import Path
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from cached_tx import baselines
+from cached_tx.evaluate import measured, usable_mesh
+from cached_tx.generate import write
+from cached_tx.load import load
+from cached_tx.tables import aligned
+from cached_tx.train.checkpoint import Checkpoints
+from cached_tx.train.config import to_json
+from cached_tx.train.experiment import Experiment
+from cached_tx.train.metrics import read_log
+from cached_tx.train.plots import loss_plot
+from cached_tx.train.run_config import check_config, read_config, write_atomically
+
+LARGEST = 20_000_000  # bytes of training text, up to which baselines are computed
+SAMPLE = 300  # tokens
+
+
+def trained(config: ConfigDict, workdir: str | os.PathLike) -> bool:
+  """Whether the newest checkpoint of `workdir` has all steps of the config.
+
+  Raises:
+    ValueError: `workdir` holds a run of another config.
+  """
+  if read_config(workdir) is None:
+    return False
+  check_config(workdir, to_json(config))
+  if not (Path(workdir) / "checkpoints").is_dir():
+    return False
+  with Checkpoints(workdir, read_only=True) as checkpoints:
+    return checkpoints.latest_step() == config.steps
+
+
+def report(workdir: str | os.PathLike) -> dict[str, Any]:
+  """Evaluates the newest checkpoint, and prints and writes what there is to see.
+
+  Every process of a run calls it; process 0 prints, and writes report.json,
+  report.md and loss.png.
+
+  Returns:
+    JSON data: step, parameters, test (see `cached_tx.evaluate.measured`), baselines
+    (bits per byte by name, or None with "baselines_skipped" saying why), sample,
+    speed, files.
+  """
+  stored = Experiment.of(workdir)
+  rows = stored.config.eval.batch
+  experiment = Experiment(stored.config, usable_mesh(stored, rows))
+  params, step = experiment.restore_params(workdir)
+  found: dict[str, Any] = {
+    "step": step,
+    "parameters": sum(a.size for a in jax.tree.leaves(params)),
+    "test": measured(
+      experiment, params, split="test", memory=("kept", "zeroed"), rows=rows
+    ),
+  }
+  if jax.process_index() != 0:
+    return found
+  found["baselines"], found["baselines_skipped"] = _baselines(experiment)
+  sample = io.BytesIO()
+  write(load(workdir, step), b"", sample, tokens=SAMPLE, temperature=0.8, seed=0)
+  found["sample"] = sample.getvalue().decode(errors="replace")
+  found["speed"] = speed(experiment.config, workdir)
+  found["files"] = _files(experiment, Path(workdir), found)
+  print(text(found))
+  return found
+
+
+def _baselines(experiment: Experiment) -> tuple[dict[str, float] | None, str | None]:
+  """Bits per byte of the test split by name, or None and why not."""
+  parts, size = [], 0
+  for document in experiment.documents("train"):
+    parts.append(document)
+    size += len(document)
+    if size > LARGEST:
+      return None, f"the training text has more than {LARGEST / 1e6:.0f} MB"
+  train, test = b"".join(parts), b"".join(experiment.documents("test"))
+  found = baselines.compressors(train, test)
+  for order, bits in baselines.ngrams(train, test).items():
+    found[f"{order}-byte context, counted"] = bits
+  return found, None
+
+
+def speed(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, float | None]:
+  """Start-up and throughput of a run, from its metrics.jsonl.
+
+  Seconds are of the latest start; speed is the median over all logged steps.
+  """
+  records = list(read_log(Path(workdir) / "metrics.jsonl"))
+  events = {r["event"]: r for r in records if r["kind"] == "event"}  # the latest
+  rates = [r["tokens_per_second"] for r in records if r.get("tokens_per_second")]
+  tokens = statistics.median(rates) if rates else None
+  per_step = config.batch * config.segment * config.segments
+  end = events.get("end", {})
+  return {
+    "first_step_seconds": events.get("first_step", {}).get("seconds"),
+    "compile_seconds": end.get("compile_seconds"),
+    "recompilations": end.get("recompilations"),
+    "tokens_per_second": tokens,
+    "steps_per_second": tokens / per_step if tokens else None,
+  }
+
+
+def _files(
+  experiment: Experiment, workdir: Path, found: dict[str, Any]
+) -> dict[str, str]:
+  """Writes everything; returns where it lies."""
+  references = found["baselines"] or {}
+  shown = {name: references[name] for name in ("gzip -9", "bz2 -9") if references}
+  score = found["test"]["scores"]["kept"]["bits_per_byte"]
+  plot = loss_plot(
+    workdir / "metrics.jsonl",
+    workdir / "loss.png",
+    references=shown,
+    title=f"{found['test']['data']}, {found['parameters']:,} parameters: "
+    f"{score:.3f} bits per byte on the test text",
+  )
+  names = {
+    "report": workdir / "report.md",
+    "data": workdir / "report.json",
+    "plot": plot,
+    "metrics": workdir / "metrics.jsonl",
+    "TensorBoard": workdir / "tensorboard",
+    "checkpoints": workdir / "checkpoints",
+  }
+  files = {name: os.fspath(path) for name, path in names.items()}
+  data = {**found, "config": to_json(experiment.config), "files": files}
+  write_atomically(names["data"], json.dumps(data, indent=2) + "\n")
+  write_atomically(names["report"], markdown({**found, "files": files}))
+  return files
+
+
+def ranking(found: dict[str, Any]) -> list[tuple[str, float]]:
+  """Names and bits per byte, the best first."""
+  scores = found["test"]["scores"]
+  rows = {
+    "this model": scores["kept"]["bits_per_byte"],
+    "this model, memory emptied": scores["zeroed"]["bits_per_byte"],
+    **(found["baselines"] or {}),
+  }
+  return sorted(rows.items(), key=lambda row: row[1])
+
+
+def _facts(found: dict[str, Any]) -> list[str]:
+  """What was evaluated, and how fast it was trained."""
+  test, fast = found["test"], found["speed"]
+
+  def number(name: str, form: str) -> str:
+    return "unknown" if fast[name] is None else format(fast[name], form)
+
+  return [
+    f"{found['parameters']:,} parameters after {found['step']:,} steps, on "
+    f"{test['data']} {test['split']}: {test['bytes']:,} bytes in "
+    f"{test['documents']} documents",
+    f"first step after {number('first_step_seconds', '.1f')} s, "
+    f"{number('compile_seconds', '.1f')} s of compiling in all, "
+    f"{number('recompilations', 'd')} recompilations, "
+    f"{number('steps_per_second', '.2f')} steps/s, "
+    f"{number('tokens_per_second', ',.0f')} tokens/s",
+  ]
+
+
+def text(found: dict[str, Any]) -> str:
+  """The report for a terminal."""
+  rows = [("bits per byte of the test text", "")]
+  best = max(bits for _, bits in ranking(found))
+  for name, bits in ranking(found):
+    bar = "#" * max(1, round(30 * bits / best))
+    rows.append((f"  {name}", f"{bits:.3f}  {bar:30}"))
+  rows = [(name, value.rstrip().ljust(37) if value else "") for name, value in rows]
+  lines = ["", *_facts(found), "", *aligned(rows)]
+  if found["baselines"] is None:
+    lines.append(f"  no compressors, no n-grams: {found['baselines_skipped']}")
+  lines += ["", "a sample, from nothing, at temperature 0.8", ""]
+  lines += [f"  {line}" for line in printable(found["sample"]).splitlines()]
+  lines += ["", *aligned([(name, path) for name, path in found["files"].items()], 2)]
+  return "\n".join(lines)
+
+
+def markdown(found: dict[str, Any]) -> str:
+  """The report as a file."""
+  lines = ["# Report", "", *_facts(found), "", "| | bits per byte |", "|---|---|"]
+  lines += [f"| {name} | {bits:.3f} |" for name, bits in ranking(found)]
+  if found["baselines"] is None:
+    lines += ["", f"No compressors, no n-grams: {found['baselines_skipped']}."]
+  lines += ["", "![Loss](loss.png)", "", "A sample, from nothing, at temperature 0.8:"]
+  lines += ["", *(f"    {line}" for line in printable(found["sample"]).splitlines())]
+  return "\n".join(lines) + "\n"
+
+
+def printable(sample: str) -> str:
+  """Without control characters that would upset a terminal."""
+  return "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in sample)

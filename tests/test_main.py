@@ -1,0 +1,171 @@
+"""The command line, as people meet it."""
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+
+import pytest
+
+import cached_tx
+from cached_tx import main
+from cached_tx.train.loop import Result
+from tests.trained import workdir
+
+# ml_collections loads a config file in a way that Python will drop.
+pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
+
+ALONE = "--distributed=off"  # this process has used its devices already
+CONFIG = "--config=configs/quickstart.py:smoke"
+
+
+@pytest.fixture
+def command(capfdbinary, monkeypatch):
+  """Runs a command in this process: exit status, stdout, stderr."""
+  monkeypatch.chdir(main.Path(main.__file__).parents[1])
+
+  def call(*arguments):
+    with pytest.raises(SystemExit) as ended:
+      main.run(["cached-tx", *map(str, arguments)])
+    sys.stdout.flush()
+    out, err = capfdbinary.readouterr()
+    return ended.value.code or 0, out.decode(errors="replace"), err.decode()
+
+  return call
+
+
+def test_help(command):
+  for arguments in (["--help"], ["-h"], ["help"]):
+    status, out, _ = command(*arguments)
+    assert status == 0 and all(f"  {name} " in out for name in main.COMMANDS)
+  assert command()[0] == 2
+  status, out, err = command("trian")
+  assert status == 2 and "no command 'trian'" in err and not out
+  assert command("--version")[:2] == (0, f"{cached_tx.__version__}\n")
+
+
+@pytest.mark.parametrize("name", main.COMMANDS)
+def test_help_of_a_command(command, name):
+  status, out, _ = command(name, "--help")
+  assert status == 0 and "\n  --workdir\n" in out
+  assert max(map(len, out.splitlines())) <= 88
+  assert ("\n  --top_p\n" in out) == (name == "generate")
+
+
+@pytest.mark.parametrize(
+  "arguments,said",
+  [
+    ("train", "--config is required"),
+    (f"train {CONFIG}", "--workdir is required"),
+    (f"train {CONFIG} --config.model.widht=3", "no key widht; did you mean width?"),
+    (f"train {CONFIG} --config.modle.width=3", "no key modle; did you mean model?"),
+    (f"train {CONFIG} --config.model.zzz=3", "no key zzz"),
+    (f"train {CONFIG} --config.model.width=wide", "'wide'"),
+    (f"train {CONFIG} --config.model.heads=5 --workdir=x {ALONE}", "model.heads is 5"),
+    ("train --config=configs/nope.py", "cannot be read: [Errno 2]"),
+    ("train --config=configs/quickstart.py:tiny", "unknown mode 'tiny'"),
+    ("train --config.steps=3", "Unknown command line flag 'config.steps'"),
+    ("generate --workdir=/nowhere", "has no config.json: train there first"),
+    ("generate --workdri=/nowhere", "Did you mean: workdir"),
+    ("generate --workdir=x --prompt=a --prompt_file=b", "cannot both be given"),
+    ("generate --workdir=x --prompt_file=/nowhere", "No such file"),
+    ("generate --top_p=3", "3.0 is not a number in the range"),
+    ("generate --tokens=many", "'many'"),
+    ("evaluate --workdir=x --split=exam", "exam"),
+    ("evaluate --workdir=/nowhere", "has no config.json"),
+    ("evaluate x", "what is 'x'?"),
+    ("inspect", "give --config or --workdir"),
+  ],
+)
+def test_mistakes_are_one_clear_line(command, arguments, said, tmp_path, monkeypatch):
+  status, out, err = command(*arguments.split())
+  assert status == 1 and not out
+  assert err.startswith(f"cached-tx {arguments.split()[0]}: ") and said in err
+  assert err.count("\n") == 1 and "Traceback" not in err
+  assert not main.Path("x").exists()
+
+
+def test_errors_can_be_looked_into():
+  with pytest.raises(ValueError, match="--config is required"):
+    main.run(["cached-tx", "train", "--debug_errors"])
+
+
+def test_generate(command, tmp_path):
+  (tmp_path / "prompt").write_bytes(b"In the")
+  own = ["generate", f"--workdir={workdir()}", "--tokens=24"]
+  status, text, err = command(*own, "--prompt=In the", "--seed=1")
+  assert (status, err) == (0, "") and text
+  assert command(*own, f"--prompt_file={tmp_path / 'prompt'}", "--seed=1")[1] == text
+  assert command(*own, "--prompt=In the", "--seed=2")[1] != text
+
+
+def test_evaluate(command, tmp_path):
+  path = tmp_path / "found.json"
+  status, text, _ = command(
+    *("evaluate", f"--workdir={workdir()}", "--rows=4", "--segments=3", "--step=2"),
+    *("--memory=kept,zeroed", "--set=memory.size=16", "--set", "segment=16"),
+    f"--json={path}",
+  )
+  found = json.loads(path.read_text())
+  assert status == 0 and found["step"] == 2 and found["set"][1] == "segment=16"
+  assert list(found["scores"]) == ["kept", "zeroed"]
+  assert f"{found['scores']['zeroed']['bits_per_byte']:.4f}" in text
+
+
+def test_inspect(command, tmp_path):
+  _, text, _ = command("inspect", f"--workdir={workdir()}", f"--json={tmp_path / 'a'}")
+  found = json.loads((tmp_path / "a").read_text())
+  assert f"{found['parameters']:,}" in text and found["segment"] == 8
+  status, text, _ = command("inspect", CONFIG, "--config.model.width=64")
+  assert status == 0 and "257 x 64" in text
+
+
+def test_train_reports_when_it_has_finished(command, tmp_path, monkeypatch):
+  calls = []
+  finished = [False, True]
+  monkeypatch.setattr("cached_tx.report.report", calls.append)
+  state = type("State", (), {"step": 7})
+  monkeypatch.setattr(
+    "cached_tx.train.loop.train", lambda *_: Result(state, finished.pop(0), 0)
+  )
+  folder = str(tmp_path)
+  status, _, err = command("train", CONFIG, ALONE, f"--workdir={folder}")
+  assert status == main.STOPPED == 143 and "after step 7 of 20" in err and not calls
+  assert command("train", CONFIG, ALONE, f"--workdir={folder}")[0] == 0
+  assert calls == [folder]
+
+
+def test_train_again_only_reports(command, tmp_path, monkeypatch):
+  folder = shutil.copytree(workdir(), tmp_path / "run")
+  calls = []
+  monkeypatch.setattr("cached_tx.report.report", calls.append)
+  changes = {
+    "steps": 4, "segment": 8, "log_every": 1, "model.layers": 1, "model.width": 8,
+    "model.heads": 1, "model.mlp": 8, "memory.size": 8, "memory.compressed": 4,
+    "optimizer.warmup": 1,
+  }  # fmt: skip
+  own = [CONFIG, ALONE, *(f"--config.{key}={value}" for key, value in changes.items())]
+  status, out, err = command("train", *own, f"--workdir={folder}")
+  assert status == 0 and "has all 4 steps: nothing to train" in out, err
+  assert calls == [str(folder)]
+  command("train", *own, f"--workdir={folder}", "--noreport")
+  assert calls == [str(folder)]
+
+
+def test_help_is_instant_and_needs_no_jax():
+  program = (
+    "import sys, cached_tx.main as m\n"
+    "try: m.run(['cached-tx', '--help'])\n"
+    "except SystemExit: sys.exit('jax' in sys.modules)"
+  )
+  began = time.monotonic()
+  subprocess.run([sys.executable, "-c", program], check=True, capture_output=True)
+  assert time.monotonic() - began < 3  # 0.15 s on a machine that does nothing else
+
+
+def test_the_module_is_a_program():
+  own = [sys.executable, "-m", "cached_tx.main"]
+  done = subprocess.run([*own, "generate", "--top_k=x"], capture_output=True, text=True)
+  assert done.returncode == 1 and done.stderr.count("\n") == 1
+  assert subprocess.run([*own, "nothing"], capture_output=True).returncode == 2

@@ -1,0 +1,83 @@
+"""What a finished run shows."""
+
+import json
+import shutil
+
+import pytest
+from matplotlib.image import imread
+
+from cached_tx import report as module
+from cached_tx.report import ranking, report, speed, trained
+from tests.trained import tiny, workdir
+
+
+@pytest.fixture
+def folder(tmp_path):
+  return shutil.copytree(workdir(), tmp_path / "run")
+
+
+def test_a_report(folder, capsys, monkeypatch):
+  monkeypatch.setattr(module, "SAMPLE", 20)
+  found = report(folder)
+  shown = capsys.readouterr().out
+  stored = json.loads((folder / "report.json").read_text())
+  markdown = (folder / "report.md").read_text()
+  assert stored["test"] == found["test"] and stored["step"] == 4
+  assert stored["config"]["steps"] == 4
+  ranked = ranking(found)
+  assert [bits for _, bits in ranked] == sorted(bits for _, bits in ranked)
+  assert {"this model", "gzip -9", "5-byte context, counted"} <= {n for n, _ in ranked}
+  for name, bits in ranked:
+    assert f"{name} " in shown and f"{bits:.3f}" in shown
+    assert f"| {name} | {bits:.3f} |" in markdown
+  for path in found["files"].values():
+    assert path in shown
+  assert imread(folder / "loss.png").shape == (1000, 1600, 4)
+  assert 0 < len(found["sample"]) <= 20
+  assert "0 recompilations" in shown and "tokens/s" in shown
+
+
+def test_large_texts_have_no_baselines(folder, capsys, monkeypatch):
+  monkeypatch.setattr(module, "LARGEST", 1000)
+  monkeypatch.setattr(module, "SAMPLE", 1)
+  found = report(folder)
+  assert found["baselines"] is None and "more than" in found["baselines_skipped"]
+  assert "no n-grams" in capsys.readouterr().out
+
+
+def test_speed(tmp_path):
+  lines = [
+    {"step": 0, "kind": "event", "event": "first_step", "seconds": 9.0},
+    {"step": 0, "kind": "train", "loss": 1.0},
+    {"step": 1, "kind": "train", "tokens_per_second": 100.0},
+    {"step": 2, "kind": "train", "tokens_per_second": 128.0},
+    {"step": 2, "kind": "event", "event": "first_step", "seconds": 2.5},
+    {"step": 3, "kind": "train", "tokens_per_second": 900.0},
+    {"step": 4, "kind": "event", "event": "end", "recompilations": 0},
+  ]
+  text = "".join(json.dumps(line) + "\n" for line in lines)
+  (tmp_path / "metrics.jsonl").write_text(text)
+  assert speed(tiny(), tmp_path) == {
+    "first_step_seconds": 2.5,
+    "compile_seconds": None,
+    "recompilations": 0,
+    "tokens_per_second": 128.0,
+    "steps_per_second": 1.0,  # 8 rows, 2 segments of 8 tokens
+  }
+
+
+def test_what_counts_as_trained(tmp_path):
+  config = tiny()
+  assert trained(config, workdir())
+  assert not trained(config, tmp_path)
+  shutil.copy(workdir() / "config.json", tmp_path)
+  assert not trained(config, tmp_path)
+  assert not list(tmp_path.glob("checkpoints"))
+  with config.unlocked():
+    config.seed = 1
+  with pytest.raises(ValueError, match="seed: stored 0, given 1"):
+    trained(config, workdir())
+
+
+def test_a_sample_cannot_upset_a_terminal():
+  assert module.printable("a\x1b[2J\nb\u00e9") == "a\ufffd[2J\nb\u00e9"
