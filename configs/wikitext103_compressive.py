@@ -74,7 +74,7 @@ def get_config(mode="full"):
     c.data.update(dict(name="web_en", path="", tokenizer="bytes", vocab=""))
     c.model.update(dict(layers=2, width=32, heads=2, mlp=64))
     c.memory.update(dict(size=12, compressed=12))
-    c.optimizer.warmup = 2
+    c.optimizer.update(dict(peak=1e-2, warmup=2))
     c.eval.update(dict(every=2, batch=8, segments=2))
     c.save.every = 2
   elif mode != "full":

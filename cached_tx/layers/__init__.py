@@ -24,7 +24,8 @@ READERS: dict[str, type[MemoryAttention]] = {
 
 def attention_for(memory: MemoryModule, **options: Any) -> MemoryAttention:
   """The attention layer that reads `memory`; options as of `MemoryAttention`."""
-  layer = READERS[memory.reader](memory=memory, **options)
+  own = memory.clone(parent=None)  # its parameters belong to the layer
+  layer = READERS[memory.reader](memory=own, **options)
   layer.check()
   return layer
 

@@ -150,7 +150,7 @@ class DecoderLM(nn.Module):
     period = []
     for memory in self.memories:
       attention = attention_for(
-        memory.clone(parent=None),
+        memory,
         width=self.width,
         heads=self.heads,
         segment=self.segment,
