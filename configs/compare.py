@@ -30,7 +30,7 @@ def get_config(mode="xl"):
     raise ValueError(f"unknown mode {mode!r}: one of {', '.join(MEMORIES)}")
   c = ConfigDict()
   c.seed = 0
-  c.steps = 600
+  c.steps = 300
   c.batch = 16  # rows over all devices
   c.segment = 64  # tokens between two updates of the memory
   c.segments = 2  # per step
@@ -56,7 +56,7 @@ def get_config(mode="xl"):
     dict(
       peak=4e-3,
       muon=0.02,
-      warmup=50,
+      warmup=30,
       floor=1e-5,
       decay=0.1,
       b1=0.9,
