@@ -11,7 +11,8 @@ import pytest
 import cached_tx
 from cached_tx import main
 from cached_tx.train.loop import Result
-from tests.trained import workdir
+from configs.quickstart import get_config
+from tests.trained import tiny, workdir
 
 # ml_collections loads a config file in a way that Python will drop.
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
@@ -136,16 +137,22 @@ def test_train_reports_when_it_has_finished(command, tmp_path, monkeypatch):
   assert calls == [folder]
 
 
+def flat(config, prefix=""):
+  """Dotted keys and values."""
+  found = {}
+  for key, value in config.items():
+    more = flat(value, f"{prefix}{key}.") if isinstance(value, dict) else None
+    found |= more or {prefix + key: value}
+  return found
+
+
 def test_train_again_only_reports(command, tmp_path, monkeypatch):
   folder = shutil.copytree(workdir(), tmp_path / "run")
   calls = []
   monkeypatch.setattr("cached_tx.report.report", calls.append)
-  changes = {
-    "steps": 4, "segment": 8, "log_every": 1, "model.layers": 1, "model.width": 8,
-    "model.heads": 1, "model.mlp": 8, "memory.size": 8, "memory.compressed": 4,
-    "optimizer.warmup": 1,
-  }  # fmt: skip
-  own = [CONFIG, ALONE, *(f"--config.{key}={value}" for key, value in changes.items())]
+  old, new = flat(get_config("smoke").to_dict()), flat(tiny().to_dict())
+  changes = [f"--config.{key}={new[key]}" for key in new if new[key] != old[key]]
+  own = [CONFIG, ALONE, *changes]
   status, out, err = command("train", *own, f"--workdir={folder}")
   assert status == 0 and "has all 4 steps: nothing to train" in out, err
   assert calls == [str(folder)]

@@ -14,7 +14,7 @@ def tiny() -> ConfigDict:
   """The quickstart, smaller than its smoke variant, over eight devices."""
   c = get_config("smoke")
   with c.unlocked():
-    c.steps, c.segment, c.log_every = 4, 8, 1
+    c.steps, c.segment, c.segments, c.log_every = 4, 8, 2, 1
     c.model.update({"layers": 1, "width": 8, "heads": 1, "mlp": 8})
     c.memory.update({"size": 8, "compressed": 4})
     c.optimizer.warmup = 1

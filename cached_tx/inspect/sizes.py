@@ -194,11 +194,9 @@ def compiled_memory(experiment: Experiment) -> dict[str, int]:
   struct = jax.ShapeDtypeStruct
   state = jax.tree.map(lambda a, s: struct(a.shape, a.dtype, sharding=s), state, places)
   shape, rows = (config.batch, config.segment * config.segments), sharding.rows(mesh)
-  batch = Batch(
-    *(
-      struct(shape, d, sharding=rows) for d in (jnp.int32, jnp.int32, jnp.float32, bool)
-    )
-  )
+  dtypes = (jnp.int32, jnp.int32, jnp.float32, jnp.bool_)
+  parts: list[Any] = [struct(shape, dtype, sharding=rows) for dtype in dtypes]
+  batch = Batch(*parts)
   with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
     found = step.lower(state, batch).compile().memory_analysis()
   return {

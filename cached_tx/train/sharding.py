@@ -67,7 +67,8 @@ def parameter_shardings(boxed: Any, mesh: AnyMesh) -> Any:
   A dimension that its mesh axes do not divide stays whole (the 257 rows of a byte
   embedding, say); `cached-tx inspect` shows what became of each array.
   """
-  specs = nn.logical_to_mesh_sharding(nn.get_partition_spec(boxed), mesh, RULES)
+  places: Any = mesh  # Flax asks for one with devices, and does not need them
+  specs = nn.logical_to_mesh_sharding(nn.get_partition_spec(boxed), places, RULES)
   return jax.tree.map(lambda s, a: _fitting(s, a, mesh), specs, unboxed(boxed))
 
 
