@@ -1,6 +1,8 @@
 """A tiny trained run, made once for all tests that need one."""
 
+import atexit
 import functools
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -27,6 +29,8 @@ def tiny() -> ConfigDict:
 @functools.cache
 def workdir() -> Path:
   """The folder of the run; not to be written to."""
-  folder = Path(tempfile.mkdtemp(prefix="cached_tx_test_")) / "run"
+  above = Path(tempfile.mkdtemp(prefix="cached_tx_test_"))
+  atexit.register(shutil.rmtree, above, ignore_errors=True)
+  folder = above / "run"
   train(tiny(), folder)
   return folder
