@@ -1,6 +1,7 @@
 """What the README shows runs as it stands there."""
 
 import re
+import runpy
 from pathlib import Path
 
 import jax
@@ -13,10 +14,10 @@ def blocks(language):
   return re.findall(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
 
 
-def test_a_layer_in_ones_own_model():
+def test_a_layer_in_ones_own_model(tmp_path):
   (code,) = [block for block in blocks("python") if "class Mine" in block]
-  names: dict = {}
-  exec(compile(code, "README.md", "exec"), names)
+  (tmp_path / "readme.py").write_text(code, encoding="utf-8")
+  names = runpy.run_path(str(tmp_path / "readme.py"))
   assert names["y"].shape == (2, 16, 32)
   assert all(row.shape == (2,) for row in jax.tree.leaves(names["losses"]))
   assert names["state"].recent.valid.all()  # the memory is full after three segments
