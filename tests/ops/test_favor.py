@@ -47,7 +47,7 @@ def pairwise(q, k, v, w, starts):
   return jnp.einsum("bqsh,bshk->bqhk", weights, v)
 
 
-# Worst error measured on CPU: PAIR.
+# Worst error measured on CPU, relative to the largest number: 2.8e-15.
 @pytest.mark.parametrize("scale", [0.5, 1.0, 2.0])
 def test_outputs_and_gradients_equal_those_of_all_pairs(scale):
   q, k, v, w, starts = arrays(0, scale)
@@ -137,7 +137,7 @@ def test_projection_is_orthogonal_and_gaussian():
     assert np.abs((w[:, row] ** 4).mean(axis=0) - 3).max() < 5 * (96 / 4000) ** 0.5
 
 
-# Worst error measured on CPU, relative to the largest number: GOLD.
+# Worst error measured on CPU, relative to the largest number: 4e-15, and 5e-8 for gradients.
 @pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
 @pytest.mark.parametrize("scale", ["0.4", "1.0", "3.0", "6.0"])
 def test_equals_the_definition_computed_elsewhere(scale, masked):

@@ -1,5 +1,6 @@
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -12,12 +13,13 @@ def test_index_rule_is_that_of_the_authors_framework():
   tables = np.load(GOLDEN, allow_pickle=False)
   names = [name for name in tables.files if name.startswith("f64_")]
   assert len(names) > 20
+  everything = np.arange(2000, dtype=np.float32)[None, :, None]
+  read = jax.jit(nearest, static_argnums=3)
   for name in names:
     _, tokens, _, slots = name.split("_")
     tokens, slots = int(tokens), int(slots)
-    x = jnp.arange(tokens, dtype=jnp.float32)[None, :, None]
-    count = jnp.array([tokens], jnp.int32)
-    got = nearest(x, jnp.zeros_like(count), count, slots)
+    count = np.array([tokens], np.int32)
+    got = read(everything, 0 * count, count, slots)
     np.testing.assert_array_equal(got[0, :, 0], tables[name])
 
 
