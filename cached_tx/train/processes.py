@@ -1,9 +1,10 @@
 """Several processes as one run: joining, waiting for each other, leaving together."""
 
+import dataclasses
 import os
 import sys
 from collections.abc import Callable
-from typing import Any, NamedTuple, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import jax
 
@@ -12,7 +13,8 @@ PATIENCE = 3 * 3600  # seconds that others may take to prepare a data set, or co
 T = TypeVar("T")
 
 
-class Place(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Place:
   """Where this process stands among those of a run.
 
   Attributes:
@@ -116,7 +118,7 @@ def wait_for_others(what: str) -> None:
   ocp.multihost.get_barrier_sync_fn()(key=what, timeout_ms=1000 * PATIENCE)
 
 
-def compile_together(jitted: Callable, *arguments: Any) -> None:
+def compile_together(jitted: Any, *arguments: Any) -> None:
   """Compiles a function for these arguments, and waits until every process has.
 
   One process may find it in the compilation cache while another compiles for minutes;
