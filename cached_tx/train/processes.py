@@ -77,7 +77,9 @@ def join(choice: str, heartbeat: int) -> None:
   own = place(choice)
   if own is not None:
     jax.distributed.initialize(
-      *own,
+      own.address,
+      own.count,
+      own.index,
       cluster_detection_method="deactivate",
       heartbeat_timeout_seconds=heartbeat,
     )

@@ -92,7 +92,8 @@ def test_two_processes_stopped_and_resumed_equal_one(text, tmp_path):
 
 @pytest.mark.prove
 @pytest.mark.parametrize("axis", ["data", "fsdp", "tensor"])
-def test_every_mesh(axis, text, tmp_path):
+def test_every_mesh(axis, text, tmp_path, monkeypatch):
+  monkeypatch.setenv("XLA_FLAGS", "")  # compiled as usual
   mesh = () if axis == "data" else (f"--config.mesh.{axis}=2",)
   alone, both = one(tmp_path / "one", text, *mesh), two(tmp_path / "two", text, *mesh)
   whole = two(tmp_path / "whole", text, *mesh)

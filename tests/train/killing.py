@@ -27,6 +27,7 @@ ROOT = Path(__file__).parents[2]
 PHASES = ("starting", "training", "saving")
 DELAY = 0.03  # seconds
 PATIENCE = 300  # seconds
+UNOPTIMISED = "--xla_backend_optimization_level=0"  # compiles in a third of the time
 
 
 class Kill(NamedTuple):
@@ -173,6 +174,7 @@ def environment(**more: str) -> dict[str, str]:
   """Of the processes: like the tests', and with compiled Python files."""
   env = {**os.environ, "PYTHONPATH": str(ROOT), **more}
   env["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+  env.setdefault("XLA_FLAGS", UNOPTIMISED)
   if env.pop("PYTHONDONTWRITEBYTECODE", ""):
     env["PYTHONPYCACHEPREFIX"] = str(ROOT / ".cache" / "python")
   return env
