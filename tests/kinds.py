@@ -12,6 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from cached_tx.layers import Stream
 from cached_tx.memory import (
@@ -55,6 +56,14 @@ MEMORIES = {
   "favor": Kind((FavorMemory(features=8, chunk=3),)),
   "xl+favor": Kind((XLMemory(3), FavorMemory(features=8, chunk=128)), "none"),
 }
+
+# Enough to see a rule that does not depend on the kind; `make prove` asks all of them.
+FEW = ("xl-relative", "compressive-conv", "grc", "favor")
+EACH = pytest.mark.parametrize("kind", MEMORIES)
+SOME = pytest.mark.parametrize(
+  "kind",
+  [pytest.param(k, marks=() if k in FEW else pytest.mark.prove) for k in MEMORIES],
+)
 
 
 @contextlib.contextmanager
