@@ -1,8 +1,8 @@
 """Transformers that remember more than they attend to, in JAX and Flax.
 
-`cached_tx.load(folder)` reads a trained or exported model back. Everything else is
-imported from its own module (`cached_tx.memory`, `cached_tx.models`, ...), so that
-importing the package, and with it `cached-tx --help`, does not import JAX.
+`cached_tx.load(folder)` reads a trained model back. Everything else is imported
+from its own module (`cached_tx.memory`, `cached_tx.models`, ...), so that importing
+the package, and with it `cached-tx --help`, does not import JAX.
 """
 
 from importlib import import_module

@@ -1,7 +1,7 @@
 r"""Compressive Transformer on PG-19.
 
 cached-tx train --config configs/pg19_compressive.py \
-    --config.data.path=FOLDER --workdir DIR
+    --config.data.path=FOLDER --config.data.vocab=MODEL --workdir DIR
 cached-tx train --config configs/pg19_compressive.py:smoke --workdir DIR
 
 Rae et al., 2019, arXiv:1911.05507: 36 layers, perplexity per word 43.4 (validation)
