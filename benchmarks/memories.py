@@ -103,15 +103,16 @@ def speed(repeats: int, steps: int) -> None:
     stream = TrainStream(tokens, rows=config.batch, length=length, seed=0)
     with jax.set_mesh(experiment.mesh), nn.logical_axis_rules(sharding.RULES):
       state, _, step = prepare(experiment)
-      runs[kind] = [state, step, feed, stream]
+    runs[kind] = [state, step, feed, stream, experiment.mesh]
   for repeat in range(repeats + 1):
     for kind, run in runs.items():
-      state, step, feed, stream = run
-      begin = time.perf_counter()
-      for i in range(steps):
-        state, metrics = step(state, feed(stream.batch(repeat * steps + i)))
-      jax.block_until_ready(metrics)
-      seconds = time.perf_counter() - begin
+      state, step, feed, stream, mesh = run
+      with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
+        begin = time.perf_counter()
+        for i in range(steps):
+          state, metrics = step(state, feed(stream.batch(repeat * steps + i)))
+        jax.block_until_ready(metrics)
+        seconds = time.perf_counter() - begin
       run[0] = state
       if repeat:  # the first round compiles
         rate = steps * len(stream.rows) * stream.length / seconds
