@@ -59,7 +59,7 @@ class GatedAttention(MemoryAttention):
     self.memory_key = ToHeads(*heads, self.dtype)
     self.memory_value = ToHeads(*heads, self.dtype)
     init = partitioned(nn.initializers.zeros, "heads")
-    self.gate = self.param("gate", init, (self.heads,))  # lambda
+    self.gate = self.param("gate", init, (self.heads,), jnp.float32)  # lambda
     self.own = self._inner()
 
   @nn.nowrap

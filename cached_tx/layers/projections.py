@@ -24,11 +24,23 @@ def kernel_init(scale: float, inputs: int, names: Sequence[str | None]):
 
 
 class ToHeads(nn.Module):
-  """x W, split into heads; no bias. `frozen` passes gradients to x, none to W."""
+  """x W, split into heads. `frozen` passes gradients to x, none to the parameters.
+
+  Attributes:
+    heads: H.
+    head_width: K.
+    dtype: of the computation.
+    bias: None for no bias; or what it starts at in the first K / 2 channels, the rest
+      starting at 0. Where rotary positions turn queries and keys, channels i and
+      i + K / 2 are a plane, so a start of b adds b^2 sum_i cos(theta_i distance) to
+      the products: attention begins with a preference for what is near, instead of
+      having to find it.
+  """
 
   heads: int
   head_width: int
   dtype: DType = jnp.float32
+  bias: float | None = None
 
   @nn.compact
   def __call__(self, x: Float[Array, "B S D"], frozen: bool = False) -> Heads:
@@ -40,7 +52,16 @@ class ToHeads(nn.Module):
       jnp.float32,
     ).astype(self.dtype)
     kernel = jax.lax.stop_gradient(kernel) if frozen else kernel
-    return jnp.einsum("bsd,dhk->bshk", x.astype(self.dtype), kernel)
+    out = jnp.einsum("bsd,dhk->bshk", x.astype(self.dtype), kernel)
+    if self.bias is None:
+      return out
+    shape = (self.heads, self.head_width)
+    start = jnp.where(jnp.arange(self.head_width) < self.head_width // 2, self.bias, 0)
+    init = lambda key, shape, dtype: jnp.broadcast_to(start, shape).astype(dtype)
+    init = partitioned(init, "heads", "head_width")
+    bias = self.param("bias", init, shape, jnp.float32).astype(self.dtype)
+    bias = jax.lax.stop_gradient(bias) if frozen else bias
+    return out + bias[None, None]
 
 
 class FromHeads(nn.Module):

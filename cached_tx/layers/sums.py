@@ -53,8 +53,9 @@ class SumsAttention(MemoryAttention):
   def setup(self) -> None:
     """Makes the projections."""
     heads = (self.heads, self.head_width)
-    self.query = ToHeads(*heads, self.dtype)
-    self.key = ToHeads(*heads, self.dtype)
+    bias = 0.0 if self.positions == "rotary" else None  # a start at 1 costs variance
+    self.query = ToHeads(*heads, self.dtype, bias)
+    self.key = ToHeads(*heads, self.dtype, bias)
     self.value = ToHeads(*heads, self.dtype)
 
   @nn.nowrap

@@ -59,13 +59,10 @@ class MemoryModule(nn.Module):
     clocked: whether the state changes only every `segment` tokens of the row.
     min_tbptt: segments that a gradient must span to train every parameter.
     min_tbptt_reason: why, for the error message.
-    auxiliary: names of submodules that an auxiliary loss trains; their gradients
-      are clipped as a group of their own.
   """
 
   reader: ClassVar[str] = "slots"
   clocked: ClassVar[bool] = True
-  auxiliary: ClassVar[tuple[str, ...]] = ()
 
   @property
   def min_tbptt(self) -> int:
@@ -76,6 +73,11 @@ class MemoryModule(nn.Module):
   def min_tbptt_reason(self) -> str:
     """Why fewer are refused."""
     return ""
+
+  @property
+  def auxiliary(self) -> tuple[str, ...]:
+    """Names of the submodules that an auxiliary loss alone trains."""
+    return ()
 
   @property
   def reconstructs(self) -> bool:

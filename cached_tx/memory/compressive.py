@@ -1,6 +1,6 @@
 """Compressive memory: Rae et al., 2019, arXiv:1911.05507."""
 
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -47,8 +47,8 @@ class Compressor(nn.Module):
   dtype: DType = jnp.float32
 
   @nn.compact
-  def __call__(self, x: Hidden) -> Float[Array, "B M D"]:
-    """Returns L / rate slots."""
+  def __call__(self, x: Hidden, frozen: bool = False) -> Float[Array, "B M D"]:
+    """Returns L / rate slots. `frozen` passes gradients to x, none to the kernel."""
     cut = blocks(x, self.rate)
     if self.kind == "mean":
       return cut.mean(axis=2)
@@ -60,10 +60,11 @@ class Compressor(nn.Module):
 
     kernel = self.param(
       "kernel",
-      partitioned(start, None, "embed", None),
+      partitioned(start, None, None, "embed"),
       (self.rate, D, D),
       jnp.float32,
     )
+    kernel = jax.lax.stop_gradient(kernel) if frozen else kernel
     kernel = kernel.astype(jnp.promote_types(self.dtype, x.dtype))
     return jnp.einsum("bmrd,rde->bme", cut, kernel).astype(x.dtype)
 
@@ -80,8 +81,9 @@ class CompressiveMemory(MemoryModule):
     compressed: n_cm, compressed slots.
     rate: c; it divides the segment.
     compressor: mean or conv.
-    loss: attention trains the compressor to leave the layer's attention as it was
-      (Algorithm 2); none leaves it to the model's loss, through two or more segments.
+    loss: attention trains the compressor, and it alone, to leave the layer's attention
+      as it was (Algorithm 2); none leaves it to the model's loss, through two or more
+      segments. The mean has nothing to train: its loss is none.
     dtype: of the compressor's computation.
   """
 
@@ -91,8 +93,6 @@ class CompressiveMemory(MemoryModule):
   compressor: str = "conv"
   loss: str = "attention"
   dtype: DType = jnp.float32
-
-  auxiliary: ClassVar[tuple[str, ...]] = ("compressor",)
 
   @property
   def min_tbptt(self) -> int:
@@ -106,6 +106,11 @@ class CompressiveMemory(MemoryModule):
       "a compressor without a loss of its own is trained only through the slots "
       'that a later segment reads; or set memory.loss to "attention"'
     )
+
+  @property
+  def auxiliary(self) -> tuple[str, ...]:
+    """The compressor, unless the model's own loss trains it."""
+    return ("compressor",) if self.reconstructs else ()
 
   @property
   def reconstructs(self) -> bool:
@@ -132,6 +137,16 @@ class CompressiveMemory(MemoryModule):
       )
     if self.loss not in LOSSES:
       raise ValueError(f"memory.loss is {self.loss!r}; one of {LOSSES}")
+    if self.loss == "attention" and self.compressor == "mean":
+      raise ValueError(
+        "memory.loss is 'attention', but memory.compressor 'mean' has nothing to "
+        "train: set memory.loss to none, or memory.compressor to conv"
+      )
+    if self.compressor == "conv" and not self.compressed:
+      raise ValueError(
+        "memory.compressed is 0, so a convolution would never be read: set "
+        "memory.compressor to mean and memory.loss to none, or memory.kind to xl"
+      )
 
   @nn.nowrap
   def initial_state(
@@ -157,7 +172,8 @@ class CompressiveMemory(MemoryModule):
     compress = Compressor(self.rate, self.compressor, self.dtype, name="compressor")
     left, recent = push(state.recent, x, starts)
     valid = blocks(left.valid[..., None], self.rate)[..., 0].all(axis=2)
-    new = jnp.where(valid[..., None], compress(left.tokens), 0)
+    new = compress(left.tokens, frozen=self.reconstructs)
+    new = jnp.where(valid[..., None], new, 0)
     kept = state.compressed.valid & ~starts.any(axis=1)[:, None]
     slots = jnp.concatenate(
       [state.compressed.tokens, new.astype(recent.tokens.dtype)], axis=1

@@ -92,7 +92,7 @@ class DecoderLM(nn.Module):
     segment: C, tokens between two updates of a memory that has a clock.
     memories: one kind per layer of the period.
     tbptt: the gradient is cut at every tbptt-th segment boundary of a call, counted
-      from its first segment.
+      from its first segment, where a call brings whole segments. A stream is not cut.
     positions: rotary, relative or none, for all kinds alike.
     dropout: rate, on attention weights and on the output of every branch.
     dtype: of the computation. Parameters and logits are float32.
@@ -244,6 +244,8 @@ class DecoderLM(nn.Module):
       (self.vocab, self.width),
       jnp.float32,
     ).astype(self.dtype)
+    if segment.valid is not None:
+      tokens = jnp.where(segment.valid, tokens, 0)  # padding may have any id
     x = jnp.take(embedding, tokens, axis=0) * jnp.asarray(self.width**0.5, self.dtype)
     x = nn.Dropout(self.dropout)(x, deterministic=deterministic)
     stack = Stack(
@@ -256,7 +258,7 @@ class DecoderLM(nn.Module):
     )
     whole = tokens.shape[1] % self.segment == 0 and segment.valid is None
     clocked = any(memory.clocked for memory in self.memories)
-    if tokens.shape[1] > self.segment and not _streams(state) and (whole or clocked):
+    if not _streams(state) and (whole or (clocked and tokens.shape[1] > self.segment)):
       x, state, losses = self._segments(stack, x, state, segment)
     else:
       x, state, losses = stack(x, state, self._draws(), segment)
@@ -264,8 +266,9 @@ class DecoderLM(nn.Module):
     norm = nn.LayerNorm(
       dtype=self.dtype, epsilon=1e-5, use_bias=False, scale_init=ones, name="norm"
     )
-    logits = jnp.einsum("bld,vd->blv", norm(x), embedding)
-    return logits.astype(jnp.promote_types(self.dtype, jnp.float32)), state, losses
+    wide = jnp.promote_types(self.dtype, jnp.float32)
+    logits = jnp.einsum("bld,vd->blv", norm(x), embedding, preferred_element_type=wide)
+    return logits, state, losses
 
   def _segments(
     self, stack: Stack, x: Hidden, state: State, segment: Segment

@@ -35,8 +35,8 @@ def softmax_attention(
     The mean of v under the weights, in the dtype of v; 0 where a query sees no key.
     Computed in float32 at least.
   """
-  logits = jnp.einsum("bqhk,bshk->bhqs", q, k)
-  logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+  wide = jnp.promote_types(q.dtype, jnp.float32)
+  logits = jnp.einsum("bqhk,bshk->bhqs", q, k, preferred_element_type=wide)
   if scores is not None:
     logits = logits + jnp.broadcast_to(scores, logits.shape).astype(logits.dtype)
   logits = jnp.where(mask[:, None], logits, -jnp.inf)

@@ -34,12 +34,13 @@ def sinusoid(distance, width):
 def attend(params, positions, query, keys):
   """Heads (H, K) of one query over `keys`: a list of (input, distance)."""
   wq, wk, wv = (params[name]["kernel"] for name in ("query", "key", "value"))
+  bq, bk = (params[n].get("bias", np.zeros(wq.shape[1:])) for n in ("query", "key"))
   width, H, K = wq.shape
   out = np.zeros((H, K))
   for h in range(H):
     scores = []
     for y, distance in keys:
-      q, k = query @ wq[:, h], y @ wk[:, h]
+      q, k = query @ wq[:, h] + bq[h], y @ wk[:, h] + bk[h]
       if positions == "rotary":
         score = rotate(q, distance) @ k
       elif positions == "relative":
@@ -167,6 +168,7 @@ def gated(params, positions, tokens, segment, size, channels):
 def favor(params, positions, tokens, w):
   """Outputs, and the unscaled sums of phi(k) v and phi(k): no stabilisation."""
   wq, wk, wv = (params[name]["kernel"] for name in ("query", "key", "value"))
+  bq, bk = (params[n].get("bias", np.zeros(wq.shape[1:])) for n in ("query", "key"))
   _, H, K = wq.shape
   R = len(w)
   values, keys, place, outs = np.zeros((H, R, K)), np.zeros((H, R)), 0, []
@@ -176,7 +178,7 @@ def favor(params, positions, tokens, w):
       values, keys, place = np.zeros((H, R, K)), np.zeros((H, R)), 0
     out = np.zeros((H, K))
     for h in range(H):
-      q, k, v = x @ wq[:, h], x @ wk[:, h], x @ wv[:, h]
+      q, k, v = x @ wq[:, h] + bq[h], x @ wk[:, h] + bk[h], x @ wv[:, h]
       if positions == "rotary":
         q, k = rotate(q, place), rotate(k, place)
       q, k = q / K**0.25, k / K**0.25

@@ -1,10 +1,15 @@
 """Where arrays lie, and that it changes no number."""
 
+import functools
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
 import flax.linen as nn
 import jax
 import numpy as np
 import pytest
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import AxisType
 
 from cached_tx.data import TrainStream, tokenize
 from cached_tx.train import sharding
@@ -26,73 +31,31 @@ def mesh(*shape: int):
   )
 
 
-def config(kind: str, path: str = ""):
-  c = toy.get_config(kind).unlock()
-  c.batch, c.data.path = ROWS, path
-  return c.lock()
+class Ran(NamedTuple):
+  """Three steps on a mesh."""
+
+  start: Any  # the state at step 0: shapes, and where its arrays lie
+  losses: list[float]
+  end: Any  # parameters and memory, on the host
 
 
-def state_on(kind: str, *shape: int):
-  """A state at step 0 and its experiment."""
-  experiment = Experiment(config(kind), mesh(*shape))
-  with jax.set_mesh(experiment.mesh), nn.logical_axis_rules(sharding.RULES):
-    return prepare(experiment)[0]
+@functools.cache
+def text() -> Path:
+  return toy.write_text(Path(tempfile.mkdtemp(prefix="cached_tx_test_")) / "text")
 
 
-def spec(array):
-  """Of an array; without the Nones at its end."""
-  parts = list(array.sharding.spec)
-  while parts and parts[-1] is None:
-    parts.pop()
-  return PartitionSpec(*parts)
-
-
-@pytest.mark.parametrize("shape", MESHES)
-def test_arrays_are_born_where_the_rules_say(shape):
-  state = state_on("compressive", *shape)
-  named = jax.tree_util.tree_leaves_with_path(state.params)
-  params = {jax.tree_util.keystr(p, simple=True, separator="/"): a for p, a in named}
-  sizes = dict(zip(sharding.AXES, shape, strict=True))
-
-  def divided(array, dim):
-    return array.shape[dim] // array.sharding.shard_shape(array.shape)[dim]
-
-  embedding = params["embedding"]  # 257 rows: no mesh axis divides them
-  assert (divided(embedding, 0), divided(embedding, 1)) == (1, sizes["fsdp"])
-  kernels = [a for name, a in params.items() if "mlp" in name and "kernel" in name]
-  assert len(kernels) >= 2
-  for kernel in kernels:  # layers, and embed and mlp in either order
-    parts = (divided(kernel, 0), {divided(kernel, 1), divided(kernel, 2)})
-    assert parts == (1, {sizes["fsdp"], sizes["tensor"]})
-  rows = sizes["data"] * sizes["fsdp"]
-  for leaf in jax.tree.leaves(state.memory):
-    assert (divided(leaf, 0), divided(leaf, 1)) == (1, rows)
-    assert leaf.shape[1] == ROWS
-
-
-@pytest.mark.parametrize("shape", MESHES[1:])
-def test_the_optimiser_lies_where_the_parameters_lie(shape):
-  state = state_on("compressive", *shape)
-  places = {}
-  for path, leaf in jax.tree_util.tree_leaves_with_path(state.params):
-    places[jax.tree_util.keystr(path)] = leaf
-  found = 0
-  for path, leaf in jax.tree_util.tree_leaves_with_path(state.opt_state):
-    name = jax.tree_util.keystr(path)
-    own = [p for end, p in places.items() if name.endswith(end)]
-    if own and own[0].shape == leaf.shape:
-      assert spec(leaf) == spec(own[0]), name
-      found += 1
-  assert found >= len(places)  # one moment of each at least
-  assert jax.tree.map(spec, state.ema) == jax.tree.map(spec, state.params)
-
-
-def three_steps(kind, path, *shape, seed=3):
-  experiment = Experiment(config(kind, str(path)), mesh(*shape))
-  own = experiment.config
+@functools.cache
+def three_steps(*shape: int, seed: int | None = None) -> Ran:
+  """Dropout is on; `seed` draws its masks anew."""
+  own = toy.get_config("compressive").unlock()
+  own.batch, own.model.layers, own.data.path = ROWS, 1, str(text())
+  experiment = Experiment(own.lock(), mesh(*shape))
   with jax.set_mesh(experiment.mesh), nn.logical_axis_rules(sharding.RULES):
     state, _, step = prepare(experiment)
-    if seed != 3:
+    start = jax.tree.map(
+      lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), state
+    )
+    if seed is not None:
       state = state.replace(rng=jax.random.key(seed))
     length = own.segment * own.segments
     tokens = tokenize(experiment.documents("train"), experiment.tokenizer)
@@ -102,31 +65,61 @@ def three_steps(kind, path, *shape, seed=3):
     for i in range(3):
       state, metrics = step(state, feed(stream.batch(i)))
       losses.append(float(metrics["loss"]))
-  return losses, jax.device_get((state.params, state.memory))
+  return Ran(start, losses, jax.device_get((state.params, state.memory)))
 
 
-@pytest.fixture(scope="module")
-def alone(tmp_path_factory):
-  path = toy.write_text(tmp_path_factory.mktemp("data") / "text")
-  return path, three_steps("compressive", path, 1, 1, 1, 1)
+def named(tree: Any) -> dict[str, Any]:
+  found = jax.tree_util.tree_leaves_with_path(tree)
+  return {jax.tree_util.keystr(p, simple=True, separator="/"): a for p, a in found}
+
+
+def parts(leaf: Any) -> tuple[int, ...]:
+  """Into how many parts each axis is divided."""
+  shard = leaf.sharding.shard_shape(leaf.shape)
+  return tuple(n // own for n, own in zip(leaf.shape, shard, strict=True))
 
 
 @pytest.mark.parametrize("shape", MESHES)
-def test_a_mesh_changes_no_number(shape, alone):
-  path, (losses, want) = alone
-  found, got = three_steps("compressive", path, *shape)
-  np.testing.assert_allclose(found, losses, rtol=1e-6)
+def test_arrays_are_born_where_the_rules_say(shape):
+  state = three_steps(*shape).start
+  data, fsdp, tensor, _ = shape
+  params = named(state.params)
+  assert parts(params["embedding"]) == (1, fsdp)  # 257 rows: nothing divides them
+  kernels = [a for name, a in params.items() if "mlp" in name and "kernel" in name]
+  assert len(kernels) >= 2
+  for kernel in kernels:  # layers; then embed and mlp, in either order
+    layers, *both = parts(kernel)
+    assert layers == 1 and sorted(both) == sorted([fsdp, tensor])
+  for leaf in jax.tree.leaves(state.memory):
+    assert leaf.shape[1] == ROWS and parts(leaf)[:2] == (1, data * fsdp)
+
+  where = {name: leaf for name, leaf in params.items()}
+  found = 0
+  for name, leaf in named(state.opt_state).items():
+    own = [p for end, p in where.items() if name.endswith(end)]
+    if own and own[0].shape == leaf.shape:
+      assert parts(leaf) == parts(own[0]), name
+      found += 1
+  assert found >= len(where)  # one moment of each at least
+  assert {n: parts(a) for n, a in named(state.ema).items()} == {
+    n: parts(a) for n, a in where.items()
+  }
+
+
+@pytest.mark.parametrize("shape", MESHES)
+def test_a_mesh_changes_no_number(shape):
+  got, want = three_steps(*shape), three_steps(1, 1, 1, 1)
+  np.testing.assert_allclose(got.losses, want.losses, rtol=1e-6)
   for (name, a), b in zip(
-    jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(want), strict=True
+    named(got.end).items(), named(want.end).values(), strict=True
   ):
     scale = np.abs(np.float64(b)).max(initial=0) or 1.0
-    np.testing.assert_allclose(a, b, rtol=0, atol=2e-5 * scale, err_msg=str(name))
+    np.testing.assert_allclose(a, b, rtol=0, atol=2e-5 * scale, err_msg=name)
 
 
-def test_other_dropout_masks_would_show(alone):
-  path, (losses, _) = alone
-  other, _ = three_steps("compressive", path, 1, 1, 1, 1, seed=4)
-  assert abs(other[0] - losses[0]) > 1e-4
+def test_other_dropout_masks_would_show():
+  own, other = three_steps(1, 1, 1, 1), three_steps(1, 1, 1, 1, seed=4)
+  assert abs(other.losses[0] - own.losses[0]) > 1e-4
 
 
 @pytest.mark.parametrize(
