@@ -89,13 +89,12 @@ class Evaluator:
     if memory == "shuffled" and self._rows < 2:
       raise ValueError("memory='shuffled' needs 2 rows or more: change eval.batch")
     empty = state = self._empty()
-    past, sums = [empty] * STALE, []
+    past, sums = [empty] * STALE, []  # past: before each of the last STALE segments
     for index in range(self._count):
       batch = self._feed(self.batches[index])
       if not self._compiled:
         processes.compile_together(self._step, params, state, batch)
         self._compiled = True
-      past = [*past[1:], state]
       read = {
         "kept": lambda: state,  # noqa: B023 - called at once
         "zeroed": lambda: empty,
@@ -105,7 +104,7 @@ class Evaluator:
       result, after = self._step(params, read, batch)
       if memory in ("shuffled", "stale"):
         _, after = self._step(params, state, batch)
-      state = after
+      past, state = [*past[1:], state], after
       sums.append(result)
     nats, targets = zip(*jax.device_get(sums), strict=True)
     return Evaluation(float(sum(map(float, nats))), int(sum(map(float, targets))))
