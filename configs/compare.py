@@ -3,7 +3,7 @@ r"""One small model per kind of memory, equal in all else: the table of the READ
 python -m benchmarks.memories
 python -m cached_tx.main train --config configs/compare.py:grc --workdir DIR
 
-Every kind attends 64 slots besides its segment of 64 tokens, where it has slots: none
+Every kind attends 32 slots besides its segment of 32 tokens, where it has slots: none
 has neither, favor has running sums. tbptt is 2 for all, since grc learns by it alone.
 """
 
@@ -11,16 +11,16 @@ from ml_collections import ConfigDict
 
 MEMORIES = {
   "none": dict(kind="none"),
-  "xl": dict(kind="xl", size=64),
+  "xl": dict(kind="xl", size=32),
   "compressive": dict(
     kind="compressive",
-    size=32,
-    compressed=32,
+    size=16,
+    compressed=16,
     rate=4,
     compressor="conv",
     loss="attention",
   ),
-  "grc": dict(kind="grc", size=64, ratio=0.5),
+  "grc": dict(kind="grc", size=32, ratio=0.5),
   "favor": dict(kind="favor", features=64, chunk=64, seed=0),
 }
 
@@ -30,10 +30,10 @@ def get_config(mode="xl"):
     raise ValueError(f"unknown mode {mode!r}: one of {', '.join(MEMORIES)}")
   c = ConfigDict()
   c.seed = 0
-  c.steps = 300
+  c.steps = 200
   c.batch = 16  # rows over all devices
-  c.segment = 64  # tokens between two updates of the memory
-  c.segments = 2  # per step
+  c.segment = 32  # tokens between two updates of the memory
+  c.segments = 4  # per step
   c.tbptt = 2  # segments that a gradient spans
   c.data = ConfigDict(dict(name="web_en", path="", tokenizer="bytes", vocab=""))
   c.model = ConfigDict(
@@ -56,7 +56,7 @@ def get_config(mode="xl"):
     dict(
       peak=4e-3,
       muon=0.02,
-      warmup=30,
+      warmup=20,
       floor=1e-5,
       decay=0.1,
       b1=0.9,
