@@ -167,12 +167,12 @@ def text(found: dict[str, Any]) -> str:
   head = ("memory", "bits/byte", "nats/token", "perplexity/token", "perplexity/word")
   rows = [head]
   for name, score in found["scores"].items():
-    word = score["word_perplexity"]
+    word, token = score["word_perplexity"], score["perplexity"]
     rows.append((
       name,
       f"{score['bits_per_byte']:.4f}",
       f"{score['loss']:.4f}",
-      f"{score['perplexity']:,.3f}",
+      "-" if token is None else f"{token:,.3f}",
       "-" if word is None else f"{word:,.4g}",
     ))  # fmt: skip
   return "\n".join([*lines, *aligned(rows)])

@@ -16,6 +16,7 @@ from cached_tx.models import DecoderLM
 from cached_tx.types import Segment, State
 
 CHUNK = 16  # tokens that one call of the device samples; changes speed, not results
+COLDEST = 1e-30  # temperature; logits divided by less could overflow float32
 _WINDOW = 8  # ids that are decoded together
 
 
@@ -54,20 +55,21 @@ def generate(
 
   The prompt's whole segments are read in parallel, the rest and what is sampled one
   token after the other, which gives what the parallel pass would give. Token n is a
-  function of the logits, the seed, n and the row alone.
+  function of the logits, the seed, n and the row alone. BOS is never sampled: training
+  gives it no weight as a target, so a model does not learn where documents end.
 
   Args:
     model: the network.
     params: its parameters.
     prompt_ids: one row (S) that all rows share, or one per row (B S), S >= 1; a
       document begins with BOS.
-    bos: the id that begins a document; sampled like any other, and the memory then
-      starts anew.
+    bos: the id that begins a document; where the prompt has it the memory starts anew.
     length: how many tokens to sample; None: without end.
-    temperature: divides the logits; 0 takes the most likely token.
+    temperature: divides the logits; 0 takes the most likely token, and so does
+      anything below 1e-30, which float32 could not divide by.
     top_k: samples from the k most likely tokens; 0: from all.
     top_p: then from the fewest that together have this probability.
-    seed: of the draws.
+    seed: of the draws; an int32.
     batch: B, rows.
     state: of the tokens before the prompt, from `initial_state`, `open_stream` or a
       call of the model; None: nothing came before. It stays valid.
@@ -79,6 +81,8 @@ def generate(
     ValueError: a number out of its range, or a prompt that does not fit.
   """
   prompt = _checked(model, prompt_ids, batch, length, temperature, top_k, top_p)
+  if not -(2**31) <= seed < 2**31:
+    raise ValueError(f"seed is {seed}; it must fit in 32 bits: -2**31 to 2**31 - 1")
   if state is None:
     state = model.initial_state(batch)
   state, rest = _read_segments(model, params, prompt, bos, state)
@@ -90,7 +94,7 @@ def generate(
   sampling = _Sampling(
     jnp.float32(temperature), jnp.int32(top_k), jnp.float32(top_p), jnp.int32(seed)
   )
-  greedy, cut = temperature == 0, bool(top_k) or top_p < 1
+  greedy, cut = temperature < COLDEST, bool(top_k) or top_p < 1
   return _tokens(
     partial(_chunk, model, greedy, cut, bos, params, sampling), carry, rest, length
   )
@@ -104,8 +108,11 @@ def _checked(
     raise ValueError(f"batch is {batch}; it must be 1 row or more")
   if length is not None and length < 0:
     raise ValueError(f"length is {length}; it counts tokens: 0 or more")
-  if not temperature >= 0:
-    raise ValueError(f"temperature is {temperature}; it must be 0 (greedy) or more")
+  if not 0 <= temperature <= 1 / COLDEST:
+    raise ValueError(
+      f"temperature is {temperature}; it must be 0 (greedy) or more, {1 / COLDEST:g} at"
+      " most"
+    )
   if k < 0:
     raise ValueError(f"top_k is {k}; it must be 0 (all tokens) or more")
   if not 0 < p <= 1:
@@ -197,7 +204,8 @@ def _chunk(
       {"params": params}, token, carry.state, Segment(token == bos)
     )
     logits, state, _ = out
-    sampled = _sample(logits[:, 0], carry.number, sampling, greedy, cut)
+    logits = logits[:, 0].at[:, bos].set(-jnp.inf)
+    sampled = _sample(logits, carry.number, sampling, greedy, cut)
     return _Carry(state, sampled, carry.number + 1), sampled
 
   return jax.lax.scan(one, carry, forced)
@@ -245,7 +253,7 @@ def decoded(
       yield tokenizer.decode(np.array([i], np.int32))
     return
   recent = list(before)[-_WINDOW:]
-  shown = tokenizer.decode(np.array(recent, np.int32))
+  shown = text = tokenizer.decode(np.array(recent, np.int32))
   for i in ids:
     recent.append(i)
     text = tokenizer.decode(np.array(recent, np.int32))
@@ -253,17 +261,12 @@ def decoded(
       continue  # bytes of a character that is not complete yet
     yield text[len(shown) :]
     recent = recent[-_WINDOW:]
-    shown = tokenizer.decode(np.array(recent, np.int32))
+    shown = text = tokenizer.decode(np.array(recent, np.int32))
+  yield text[len(shown) :]  # of a character that was never completed
 
 
 def write(
-  own: Loaded,
-  prompt: bytes,
-  out: Any,
-  *,
-  tokens: int,
-  keep_going: bool = False,
-  **options: Any,
+  own: Loaded, prompt: bytes, out: Any, *, tokens: int, **options: Any
 ) -> int:
   """Writes a continuation of `prompt`, each token as soon as there is one.
 
@@ -271,9 +274,7 @@ def write(
     own: the model.
     prompt: the document so far; may be empty.
     out: a binary file; gets the raw bytes, flushed.
-    tokens: at most so many.
-    keep_going: where the model ends the document, go on with a new one, after an
-      empty line; otherwise stop there.
+    tokens: how many.
     options: as of `generate`.
 
   Returns:
@@ -286,10 +287,6 @@ def write(
     nonlocal count
     for i in generate(own.model, own.params, ids, bos=bos, length=tokens, **options):
       count += 1
-      if i == bos:
-        out.write(b"\n\n")
-        if not keep_going:
-          return
       yield i
 
   for piece in decoded(own.tokenizer, sampled(), ids.tolist()):

@@ -127,16 +127,15 @@ def _define_generate(values: flags.FlagValues, argv: list[str]) -> None:
   _workdir(values)
   flags.DEFINE_string("prompt", None, "the document so far", **own)
   flags.DEFINE_string("prompt_file", None, "or a file that holds it", **own)
-  flags.DEFINE_integer("tokens", 300, "how many to sample at most", 0, **own)
+  flags.DEFINE_integer("tokens", 300, "how many to sample", 0, **own)
   text = "divides the logits; 0 takes the most likely token"
   flags.DEFINE_float("temperature", 0.8, text, 0, **own)
   text = "sample from so many of the most likely tokens; 0: from all"
   flags.DEFINE_integer("top_k", 0, text, 0, **own)
   text = "sample from the fewest tokens that have this probability together"
   flags.DEFINE_float("top_p", 1.0, text, 0, 1, **own)
-  flags.DEFINE_integer("seed", 0, "the same seed gives the same text", **own)
-  text = "when the model ends the document, begin another instead of stopping"
-  flags.DEFINE_bool("keep_going", False, text, **own)
+  text = "the same seed gives the same text"
+  flags.DEFINE_integer("seed", 0, text, -(2**31), 2**31 - 1, **own)
   _step(values)
 
 
@@ -155,7 +154,6 @@ def _generate(values: Any) -> None:
     prompt,
     sys.stdout.buffer,
     tokens=values.tokens,
-    keep_going=values.keep_going,
     temperature=values.temperature,
     top_k=values.top_k,
     top_p=values.top_p,

@@ -60,6 +60,15 @@ def test_memories_and_their_sizes_are_a_choice():
   assert older["step"] == 2 and older["scores"]["kept"]["loss"] != losses["kept"]
 
 
+def test_a_perplexity_beyond_every_float_is_a_dash():
+  found = evaluate(workdir(), rows=1, segments=1)
+  found["scores"]["kept"]["perplexity"] = None
+  assert text(found).splitlines()[-1].split() == [
+    *("kept", f"{found['scores']['kept']['bits_per_byte']:.4f}"),
+    *(f"{found['scores']['kept']['loss']:.4f}", "-", "-"),
+  ]
+
+
 @pytest.mark.parametrize("rows,devices", [(16, 8), (4, 1), (1, 1)])
 def test_the_mesh_fits_the_rows(rows, devices):
   assert usable_mesh(Experiment.of(workdir()), rows).size == devices

@@ -26,7 +26,7 @@ def full_greedy(own, prompt, length):
   tokens[0, : len(prompt)] = prompt
   for at in range(len(prompt), len(prompt) + length):
     logits, _, _ = parallel(own, tokens, tokens == BOS)
-    tokens[0, at] = np.argmax(logits[0, at - 1])
+    tokens[0, at] = np.argmax(logits[0, at - 1, :BOS])  # BOS, the last, is no text
   return tokens[0, len(prompt) : len(prompt) + length].tolist()
 
 
@@ -91,6 +91,15 @@ def test_cuts_leave_the_likeliest_tokens():
   assert seen(0, 1, temperature=0.1)[1] > 0.98
 
 
+def test_bos_is_never_sampled():
+  assert BOS not in sample(seed=3, temperature=1e3, length=200)
+
+
+def test_the_coldest_temperature_is_greedy():
+  assert sample(temperature=1e-40) == sample(temperature=0)
+  assert len(sample(temperature=2 * module.COLDEST)) == 20
+
+
 def test_memory_is_flat_and_tokens_come_before_the_end():
   own = toy("compressive-conv")
   ids = generate(own.model, own.params, [BOS], bos=BOS)  # without end
@@ -117,6 +126,8 @@ def test_a_state_goes_on_and_stays_valid():
   [
     ({"temperature": -1}, "temperature is -1"),
     ({"temperature": float("nan")}, "temperature is nan"),
+    ({"temperature": float("inf")}, "temperature is inf"),
+    ({"seed": 2**31}, "seed is 2147483648"),
     ({"top_k": -1}, "top_k is -1"),
     ({"top_p": 0}, "top_p is 0"),
     ({"length": -1}, "length is -1"),
@@ -156,6 +167,21 @@ def test_text_of_a_tokenizer_that_looks_at_neighbours():
   assert Pieces().decode(ids[:20]) + later == want
 
 
+class Halves(Pieces):
+  """Two pieces make one character."""
+
+  words = tuple(bytes([byte]) for byte in "é".encode())
+
+  def decode(self, ids):
+    text = b"".join(self.words[i] for i in ids if i != self.bos)
+    return text.decode(errors="replace").encode()
+
+
+def test_an_incomplete_character_at_the_end_is_written():
+  assert list(decoded(Halves(), [0, 1])) == ["é".encode(), b""]
+  assert b"".join(decoded(Halves(), [0, 1, 0])) == "é\ufffd".encode()
+
+
 class Out(io.BytesIO):
   flushes = 0
 
@@ -165,16 +191,13 @@ class Out(io.BytesIO):
 
 def test_write_passes_bytes_on_as_they_come(monkeypatch):
   def fake(*_, length, **__):
-    yield from [*"é".encode(), 256, 65][:length]
+    yield from [*"é".encode(), 65][:length]
 
   monkeypatch.setattr(module, "generate", fake)
   own = Loaded(toy("xl").model, {}, None, make_tokenizer("bytes"), ConfigDict(), 0)
   out = Out()
   assert write(own, b"", out, tokens=9) == 3
-  assert out.getvalue() == "é\n\n".encode() and out.flushes == 2
-  out = Out()
-  assert write(own, b"", out, tokens=9, keep_going=True) == 4
-  assert out.getvalue() == "é\n\nA".encode()
+  assert out.getvalue() == "éA".encode() and out.flushes == 3
   out = Out()
   assert write(own, b"", out, tokens=1) == 1
   assert out.getvalue() == "é".encode()[:1]
