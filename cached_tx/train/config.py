@@ -54,6 +54,28 @@ def check(config: Mapping[str, Any]) -> None:
       raise ValueError(
         f"{section}.{key} is {config[section][key]}; it must be 0 (off) or more"
       )
+  _check_ranges(config)
+
+
+def _check_ranges(config: Mapping[str, Any]) -> None:
+  own = config["optimizer"]
+  rules = (
+    ("eval.batch", config["eval"]["batch"] >= 1, "1 row or more"),
+    ("model.dropout", 0 <= config["model"]["dropout"] < 1, "at least 0 and below 1"),
+    ("optimizer.ema", 0 <= own["ema"] < 1, "at least 0 (off) and below 1"),
+    ("optimizer.peak", own["peak"] > 0, "above 0"),
+    ("optimizer.muon", own["muon"] >= 0, "0 (AdamW alone) or more"),
+    ("optimizer.accumulate", own["accumulate"] >= 1, "1 step or more"),
+  )
+  for key, holds, rule in rules:
+    if not holds:
+      section, name = key.split(".")
+      raise ValueError(f"{key} is {config[section][name]}; it must be {rule}")
+  if config["steps"] % own["accumulate"]:
+    raise ValueError(
+      f"optimizer.accumulate is {own['accumulate']}, which does not divide steps = "
+      f"{config['steps']}: the last gradients would be dropped"
+    )
 
 
 def _check_keys(prefix: str, given: Mapping[str, Any], wanted: tuple[str, ...]) -> None:

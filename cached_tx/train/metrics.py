@@ -58,7 +58,7 @@ class MetricsLog:
       total_steps: steps of the whole run.
       start: finished steps, 0 or those of the restored checkpoint. Training and
         evaluation lines of later steps are removed; events stay.
-      every: steps between two training lines.
+      every: steps between two training lines; the last step has one in any case.
       tokens_per_step: over all rows and processes, for tokens_per_second.
       bytes_per_token: turns "loss" (nats per token) into "bits_per_byte"; None if
         the task has no bytes.
@@ -66,7 +66,7 @@ class MetricsLog:
       tensorboard: write TensorBoard files too.
     """
     self.last: dict[str, float] = {}
-    self._every = every
+    self._every, self._total = every, total_steps
     self._tokens_per_step = tokens_per_step
     self._bytes_per_token = bytes_per_token
     self._last_checkpoint = last_checkpoint
@@ -132,7 +132,7 @@ class MetricsLog:
     self.last = values = self._with_bits(values)
     if self._progress is not None:
       self._progress.update(step + 1, self._summary(values))
-    if (step + 1) % self._every == 0:
+    if (step + 1) % self._every == 0 or step + 1 == self._total:
       speed = self._tokens_per_second(step)
       self._write("train", step, {**values, **speed})
 

@@ -56,6 +56,11 @@ def test_every(tmp_path):
   assert all(r["tokens_per_second"] > 0 for r in lines(tmp_path))
 
 
+def test_the_last_step_is_always_written(tmp_path):
+  run(tmp_path, 0, 6, every=4, tensorboard=False)
+  assert [r["step"] for r in lines(tmp_path)] == [3, 5]
+
+
 def test_a_resumed_run_leaves_one_continuous_record(tmp_path):
   run(tmp_path, 0, 5, tensorboard=False)
   with open(tmp_path / "metrics.jsonl", "a") as file:
