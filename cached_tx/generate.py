@@ -265,9 +265,7 @@ def decoded(
   yield text[len(shown) :]  # of a character that was never completed
 
 
-def write(
-  own: Loaded, prompt: bytes, out: Any, *, tokens: int, **options: Any
-) -> int:
+def write(own: Loaded, prompt: bytes, out: Any, *, tokens: int, **options: Any) -> int:
   """Writes a continuation of `prompt`, each token as soon as there is one.
 
   Args:

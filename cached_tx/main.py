@@ -68,21 +68,20 @@ def _train(values: Any) -> int:
   from cached_tx.train.processes import join
 
   join(values.distributed, values.heartbeat)  # before anything else uses devices
-  from cached_tx.report import report, trained
+  from cached_tx.report import report
   from cached_tx.train.loop import train
 
-  if trained(values.config, values.workdir):
+  result = train(values.config, values.workdir)
+  if not result.finished:
+    done, steps = int(result.state.step), values.config.steps
+    print(
+      f"cached-tx: stopped by a signal after step {done} of {steps}, which is saved;"
+      f" the same command continues there (exit status {STOPPED})",
+      file=sys.stderr,
+    )
+    return STOPPED
+  if not result.done:
     print(f"{values.workdir} has all {values.config.steps} steps: nothing to train")
-  else:
-    result = train(values.config, values.workdir)
-    if not result.finished:
-      done, steps = int(result.state.step), values.config.steps
-      print(
-        f"cached-tx: stopped by a signal after step {done} of {steps}, which is saved;"
-        f" the same command continues there (exit status {STOPPED})",
-        file=sys.stderr,
-      )
-      return STOPPED
   if values.report:
     report(values.workdir)
   return 0

@@ -8,37 +8,22 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from cached_tx import baselines
 from cached_tx.evaluate import measured, usable_mesh
 from cached_tx.generate import write
-from cached_tx.load import load
+from cached_tx.load import Loaded
 from cached_tx.tables import aligned
-from cached_tx.train.checkpoint import Checkpoints
 from cached_tx.train.config import to_json
 from cached_tx.train.experiment import Experiment
 from cached_tx.train.metrics import read_log
 from cached_tx.train.plots import loss_plot
-from cached_tx.train.run_config import check_config, read_config, write_atomically
+from cached_tx.train.run_config import write_atomically
 
 LARGEST = 20_000_000  # bytes of training text, up to which baselines are computed
 SAMPLE = 300  # tokens
-
-
-def trained(config: ConfigDict, workdir: str | os.PathLike) -> bool:
-  """Whether the newest checkpoint of `workdir` has all steps of the config.
-
-  Raises:
-    ValueError: `workdir` holds a run of another config.
-  """
-  if read_config(workdir) is None:
-    return False
-  check_config(workdir, to_json(config))
-  if not (Path(workdir) / "checkpoints").is_dir():
-    return False
-  with Checkpoints(workdir, read_only=True) as checkpoints:
-    return checkpoints.latest_step() == config.steps
 
 
 def report(workdir: str | os.PathLike) -> dict[str, Any]:
@@ -63,16 +48,33 @@ def report(workdir: str | os.PathLike) -> dict[str, Any]:
       experiment, params, split="test", memory=("kept", "zeroed"), rows=rows
     ),
   }
+  params = _gathered(params)  # collective: no process may have left
   if jax.process_index() != 0:
     return found
   found["baselines"], found["baselines_skipped"] = _baselines(experiment)
   sample = io.BytesIO()
-  write(load(workdir, step), b"", sample, tokens=SAMPLE, temperature=0.8, seed=0)
+  own = _on_one_device(experiment, params, step)
+  write(own, b"", sample, tokens=SAMPLE, temperature=0.8, seed=0)
   found["sample"] = sample.getvalue().decode(errors="replace")
   found["speed"] = speed(experiment.config, workdir)
   found["files"] = _files(experiment, Path(workdir), found)
   print(text(found))
   return found
+
+
+def _gathered(params: Any) -> Any:
+  """The whole parameters on every host; every process must call it."""
+  if jax.process_count() == 1:
+    return jax.device_get(params)
+  return multihost_utils.process_allgather(params, tiled=True)
+
+
+def _on_one_device(experiment: Experiment, params: Any, step: int) -> Loaded:
+  """What `load` would give, without a read that other processes must share."""
+  model = experiment.model
+  params = jax.device_put(params, jax.local_devices()[0])
+  state = model.open_stream(model.initial_state(1), 1)
+  return Loaded(model, params, state, experiment.tokenizer, experiment.config, step)
 
 
 def _baselines(experiment: Experiment) -> tuple[dict[str, float] | None, str | None]:

@@ -2,6 +2,7 @@
 
 import json
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import pytest
@@ -17,10 +18,12 @@ from cached_tx.inspect import (
   text,
   training_flops,
 )
-from cached_tx.inspect.sizes import abstract_mesh
+from cached_tx.inspect.sizes import abstract_mesh, train_state
 from cached_tx.memory import CompressiveMemory
 from cached_tx.models import DecoderLM
+from cached_tx.train import sharding
 from cached_tx.train.experiment import Experiment
+from cached_tx.train.loop import prepare
 from configs.quickstart import get_config
 from tests.kinds import MEMORIES, B, C, D, decoder, shapes
 from tests.trained import tiny
@@ -155,3 +158,15 @@ def test_what_xla_says_of_the_compiled_step():
     config.mesh.data = 16
   with pytest.raises(ValueError, match="8 devices"):
     compiled_memory(Experiment(config))
+
+
+def test_the_train_state_is_that_of_training():
+  experiment = Experiment(tiny())
+  assert experiment.config.optimizer.muon > 0
+  state, _ = train_state(experiment, experiment.mesh)
+  with jax.set_mesh(experiment.mesh), nn.logical_axis_rules(sharding.RULES):
+    made = jax.eval_shape(lambda: prepare(experiment)[0])
+  same = jax.tree.map(
+    lambda a, b: (a.shape, a.dtype) == (b.shape, b.dtype), state, made
+  )
+  assert all(jax.tree.leaves(same))

@@ -128,7 +128,7 @@ def test_train_reports_when_it_has_finished(command, tmp_path, monkeypatch):
   monkeypatch.setattr("cached_tx.report.report", calls.append)
   state = type("State", (), {"step": 7})
   monkeypatch.setattr(
-    "cached_tx.train.loop.train", lambda *_: Result(state, finished.pop(0), 0)
+    "cached_tx.train.loop.train", lambda *_: Result(state, finished.pop(0), 7, 0)
   )
   folder = str(tmp_path)
   status, _, err = command("train", CONFIG, ALONE, f"--workdir={folder}")

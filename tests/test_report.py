@@ -7,7 +7,7 @@ import pytest
 from matplotlib.image import imread
 
 from cached_tx import report as module
-from cached_tx.report import ranking, report, speed, trained
+from cached_tx.report import ranking, report, speed
 from tests.trained import tiny, workdir
 
 
@@ -64,19 +64,6 @@ def test_speed(tmp_path):
     "tokens_per_second": 128.0,
     "steps_per_second": 1.0,  # 8 rows, 2 segments of 8 tokens
   }
-
-
-def test_what_counts_as_trained(tmp_path):
-  config = tiny()
-  assert trained(config, workdir())
-  assert not trained(config, tmp_path)
-  shutil.copy(workdir() / "config.json", tmp_path)
-  assert not trained(config, tmp_path)
-  assert not list(tmp_path.glob("checkpoints"))
-  with config.unlocked():
-    config.seed = 1
-  with pytest.raises(ValueError, match="seed: stored 0, given 1"):
-    trained(config, workdir())
 
 
 def test_a_sample_cannot_upset_a_terminal():

@@ -13,8 +13,7 @@ from cached_tx.inspect.flops import arguments, run
 from cached_tx.models import DecoderLM
 from cached_tx.train import sharding
 from cached_tx.train.experiment import Experiment
-from cached_tx.train.optimizer import make_optimizer
-from cached_tx.train.state import TrainState, init_params, labels
+from cached_tx.train.state import TrainState, configured_optimizer, init_params
 from cached_tx.train.step import compiled_step
 
 
@@ -134,11 +133,10 @@ def activation_bytes(model: DecoderLM, segments: int) -> int:
 def train_state(experiment: Experiment, mesh: Any) -> tuple[TrainState, TrainState]:
   """Shapes of the whole train state, and their shardings."""
   config, model = experiment.config, experiment.model
-  options = dict(config.optimizer)
-  ema = options.pop("ema")
   boxed = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
   params = sharding.unboxed(boxed)
-  optimizer = make_optimizer(labels(model, params), steps=config.steps, **options)
+  optimizer, _ = configured_optimizer(config, model)
+  ema = config.optimizer.ema
   places = sharding.parameter_shardings(boxed, mesh)
   whole = sharding.replicated(mesh)
   slots = jax.eval_shape(optimizer.init, params)
@@ -179,17 +177,14 @@ def compiled_memory(experiment: Experiment) -> dict[str, int]:
   """
   config, model, mesh = experiment.config, experiment.model, experiment.mesh
   state, places = train_state(experiment, mesh)
-  options = dict(config.optimizer)
-  ema = options.pop("ema")
-  groups = labels(model, state.params)
-  optimizer = make_optimizer(groups, steps=config.steps, **options)
+  optimizer, groups = configured_optimizer(config, model)
   step = compiled_step(
     places,
     sharding.replicated(mesh),
     model=model,
     optimizer=optimizer,
     labels=groups,
-    ema=ema,
+    ema=config.optimizer.ema,
   )
   struct = jax.ShapeDtypeStruct
   state = jax.tree.map(lambda a, s: struct(a.shape, a.dtype, sharding=s), state, places)

@@ -4,7 +4,7 @@ import json
 import logging
 import os
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -18,10 +18,10 @@ from cached_tx.train.evaluation import Evaluator
 from cached_tx.train.experiment import Experiment
 from cached_tx.train.feed import Feed
 from cached_tx.train.metrics import CompileCounter, MetricsLog
-from cached_tx.train.optimizer import make_optimizer, matrices
 from cached_tx.train.preemption import Preemption
 from cached_tx.train.run_config import check_config, write_config
-from cached_tx.train.state import TrainState, init_params, init_state, labels
+from cached_tx.train.same_data import check_data, identity
+from cached_tx.train.state import TrainState, configured_optimizer, init_state
 from cached_tx.train.step import compiled_step
 
 _log = logging.getLogger(__name__)
@@ -33,11 +33,13 @@ class Result(NamedTuple):
   Attributes:
     state: after the last step that was done.
     finished: False if a signal ended the run early.
+    done: steps that this call has done; 0 where all were done before.
     recompilations: of the training step, after the first step.
   """
 
   state: TrainState
   finished: bool
+  done: int
   recompilations: int
 
 
@@ -54,21 +56,25 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> Result:
 
   Args:
     config: as of configs/; checked.
-    workdir: gets config.json, checkpoints, metrics.jsonl, tensorboard.
+    workdir: gets config.json (once the run is known to begin), checkpoints,
+      metrics.jsonl, tensorboard.
 
   Raises:
-    ValueError: a config that cannot be run, or that differs from the workdir's.
+    ValueError: a config that cannot be run, or a config or training data that differ
+      from those of the workdir's checkpoints.
     FloatingPointError: a loss or norm is not finite.
   """
   experiment = Experiment(config)
   mesh, _ = experiment.mesh, experiment.model  # refuses what does not fit, early
   processes.assert_same(json.dumps(to_json(config), sort_keys=True), "the config")
   check_config(workdir, to_json(config))
-  write_config(workdir, to_json(config))
   batch, length = config.batch, config.segment * config.segments
   feed = Feed(mesh, batch, length)
+  tokens = _tokens(experiment, "train")
+  data = identity(tokens)
+  processes.assert_same(json.dumps(data, sort_keys=True), "the training data")
   stream = TrainStream(
-    _tokens(experiment, "train"),
+    tokens,
     rows=batch,
     length=length,
     seed=config.seed,
@@ -76,7 +82,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> Result:
     shards=feed.shards,
   )
   with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
-    return _run(experiment, workdir, stream, feed)
+    return _run(experiment, workdir, stream, feed, data)
 
 
 def prepare(experiment: Experiment) -> tuple[TrainState, TrainState, Callable]:
@@ -86,12 +92,8 @@ def prepare(experiment: Experiment) -> tuple[TrainState, TrainState, Callable]:
   `sharding.RULES` as axis rules.
   """
   config, model, mesh = experiment.config, experiment.model, experiment.mesh
-  options = dict(config.optimizer)
-  ema = options.pop("ema")
-  boxed = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
-  groups = labels(model, sharding.unboxed(boxed))
-  axes = matrices(boxed, groups)
-  optimizer = make_optimizer(groups, axes, steps=config.steps, **options)
+  optimizer, groups = configured_optimizer(config, model)
+  ema = config.optimizer.ema
   state, shardings = init_state(
     model, optimizer, seed=config.seed, batch=config.batch, ema=ema, mesh=mesh
   )
@@ -107,11 +109,16 @@ def prepare(experiment: Experiment) -> tuple[TrainState, TrainState, Callable]:
 
 
 def _run(
-  experiment: Experiment, workdir: str | os.PathLike, stream: TrainStream, feed: Feed
+  experiment: Experiment,
+  workdir: str | os.PathLike,
+  stream: TrainStream,
+  feed: Feed,
+  data: dict[str, Any],
 ) -> Result:
   config = experiment.config
   state, shardings, step_fn = prepare(experiment)
   validation = _validation(experiment)
+  bytes_per_token = _bytes_per_token(experiment, validation)
   save = config.save
   with Checkpoints(workdir, keep=save.keep, every=save.every) as checkpoints:
     target = jax.tree.map(
@@ -119,14 +126,18 @@ def _run(
     )
     restored = checkpoints.restore_latest(target)
     if restored is not None:
-      state = restored[0]
+      state, meta = restored
+      check_data(meta.get("data"), data)
       _log.info("continuing at step %d", int(state.step))
     start = int(state.step)
+    if start >= config.steps:
+      return Result(state, True, 0, 0)
+    write_config(workdir, to_json(config))
     scores: dict[str, float] = {}
 
     def keep(step: int) -> None:
       log.flush()  # raises on a non-finite loss or norm, before it is saved
-      checkpoints.save(step, state, {"step": step}, scores or None)
+      checkpoints.save(step, state, {"step": step, "data": data}, scores or None)
 
     with (
       Preemption() as preemption,
@@ -138,7 +149,7 @@ def _run(
         start=start,
         every=config.log_every,
         tokens_per_step=config.batch * stream.length,
-        bytes_per_token=_bytes_per_token(experiment, validation),
+        bytes_per_token=bytes_per_token,
         last_checkpoint=checkpoints.latest_step,
       ) as log,
     ):
@@ -164,7 +175,7 @@ def _run(
       log.event(
         "end", step=step, recompilations=again, compile_seconds=compiled.seconds
       )
-    return Result(state, step == config.steps, again)
+    return Result(state, step == config.steps, step - start, again)
 
 
 def _tokens(experiment: Experiment, split: str) -> Tokens:

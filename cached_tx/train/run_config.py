@@ -21,6 +21,7 @@ MAY_CHANGE = (
   "eval.batch",
   "eval.segments",
   "mesh",
+  "data.path",  # the data itself is compared, see same_data.py
 )
 
 
@@ -65,7 +66,8 @@ def check_config(
   """Refuses to continue a workdir with another config.
 
   Args:
-    workdir: a folder, with a config.json or without (a new run).
+    workdir: a folder. Without a config.json, or without a checkpoint, damaged or not,
+      it is a new run.
     config: the config given now.
     ignore: dotted keys that may differ, or sections (all their keys may).
 
@@ -75,6 +77,8 @@ def check_config(
   Raises:
     ValueError: other keys differ; lists each with both values.
   """
+  if not any((Path(workdir) / "checkpoints").glob("[0-9]*")):
+    return {}
   stored = read_config(workdir)
   if stored is None:
     return {}

@@ -7,10 +7,11 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
+from ml_collections import ConfigDict
 
 from cached_tx.models import DecoderLM
 from cached_tx.train import sharding
-from cached_tx.train.optimizer import AUXILIARY, MAIN
+from cached_tx.train.optimizer import AUXILIARY, MAIN, make_optimizer, matrices
 from cached_tx.types import Segment
 
 
@@ -51,6 +52,25 @@ def labels(model: DecoderLM, params: Any) -> Any:
     return AUXILIARY if keys & names else MAIN
 
   return jax.tree_util.tree_map_with_path(label, params)
+
+
+def configured_optimizer(
+  config: ConfigDict, model: DecoderLM
+) -> tuple[optax.GradientTransformation, Any]:
+  """The optimiser that a config's steps and section `optimizer` ask for.
+
+  Returns:
+    It, and MAIN or AUXILIARY for each parameter.
+
+  Raises:
+    ValueError: naming the key, for a value out of its range.
+  """
+  options = dict(config.optimizer)
+  del options["ema"]  # of the training step
+  boxed = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
+  groups = labels(model, sharding.unboxed(boxed))
+  axes = matrices(boxed, groups)
+  return make_optimizer(groups, axes, steps=config.steps, **options), groups
 
 
 def init_state(

@@ -1,6 +1,7 @@
 """The training loop, in this process, on a model of one layer."""
 
 import math
+import shutil
 
 import flax.linen as nn
 import jax
@@ -76,12 +77,23 @@ def test_memory_and_position_are_saved_together(ran):
   )
   with Checkpoints(folder, read_only=True) as checkpoints:
     state, meta = checkpoints.restore_latest(target)
-  assert meta == {"step": STEPS} and int(state.step) == STEPS
+  assert meta["step"] == STEPS and int(state.step) == STEPS
   for got, want in zip(
     jax.tree.leaves(state.memory), jax.tree.leaves(result.state.memory), strict=True
   ):
     np.testing.assert_array_equal(got, want)
   assert all(np.any(np.asarray(a)) for a in jax.tree.leaves(state.memory))
+
+
+def test_a_finished_run_is_done_and_other_data_is_refused(ran, text, tmp_path):
+  _, folder, result, lines = ran
+  moved = config(text=shutil.copytree(text, tmp_path / "text"), optimizer__ema=EMA)
+  again = train(moved, folder)
+  assert (result.done, again.done, again.finished) == (STEPS, 0, True)
+  assert list(read_log(folder / "metrics.jsonl")) == lines
+  (tmp_path / "text" / "000.txt").write_text("another text")
+  with pytest.raises(ValueError, match=r"not what this run began with.*data\.path"):
+    train(moved, folder)
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_unsaved(text, tmp_path):
@@ -103,6 +115,13 @@ def test_a_loss_that_is_not_finite_ends_the_run_unsaved(text, tmp_path):
     ("grc", {"tbptt": 1}, "tbptt is 1, but GRCMemory needs 2"),
     ("none", {"batch": 12}, r"12 rows.*mesh.data x mesh.fsdp = 8.*change batch"),
     ("none", {"eval__batch": 12}, "eval.batch"),
+    ("none", {"eval__batch": 0}, "eval.batch is 0"),
+    ("none", {"model__dropout": 1.0}, "model.dropout is 1.0"),
+    ("none", {"optimizer__ema": 1.0}, "optimizer.ema is 1.0"),
+    ("none", {"optimizer__peak": 0.0}, "optimizer.peak is 0.0"),
+    ("none", {"optimizer__muon": -0.1}, "optimizer.muon is -0.1"),
+    ("none", {"optimizer__accumulate": 0}, "optimizer.accumulate is 0"),
+    ("none", {"optimizer__accumulate": 3}, "does not divide steps = 20.*dropped"),
     ("none", {"mesh__data": 3}, "mesh.data=3.*8 devices"),
     ("none", {"steps": 0}, "steps is 0"),
     ("none", {"optimizer__warmup": 99}, "optimizer.warmup is 99"),
@@ -113,6 +132,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_unsaved(text, tmp_path):
 def test_a_config_that_cannot_run_names_the_key(kind, changes, message, text, tmp_path):
   with pytest.raises(ValueError, match=f"(?s){message}"):
     train(config(kind, text, **changes), tmp_path)
+  assert not (tmp_path / "config.json").exists()
 
 
 def test_a_missing_or_unknown_key_is_named(tmp_path):

@@ -126,6 +126,7 @@ def test_another_config_is_refused(tmp_path):
   config = toy.get_config().copy_and_resolve_references().unlock()
   config.data.path = str(toy.write_text(tmp_path / "text"))
   (tmp_path / "config.json").write_text(json.dumps(to_json(config)))
+  (tmp_path / "checkpoints" / "7").mkdir(parents=True)
   config.optimizer.peak, config.save.keep, config.model.width = 0.5, 9, 32
   with pytest.raises(ValueError, match="differs from the config given") as error:
     train(config, tmp_path)
