@@ -26,13 +26,14 @@ SMALL = (
   "--config.batch=8",
   "--config.eval.batch=8",
   "--config.model.layers=1",
+  "--config.optimizer.muon=0.0",
   "--config.eval.every=3",
   "--config.save.every=3",
 )
 
 
 def run_of(workdir: Path, text: Path, launcher: tuple[str, ...], *options: str) -> Run:
-  run = Run(workdir, "grc", text, *SMALL, *options)
+  run = Run(workdir, "xl", text, *SMALL, *options)
   run.argv = [*launcher, *run.argv]
   return run
 
