@@ -21,13 +21,13 @@ def identity(tokens: Tokens) -> dict[str, Any]:
     spread evenly over the tokens, the first and the last included.
   """
   raw = tokens.flat.view(np.uint8)
-  digest = hashlib.sha256(np.ascontiguousarray(tokens.begins))
+  digest = hashlib.sha256(memoryview(np.ascontiguousarray(tokens.begins)))
   whole = raw.nbytes <= LARGEST
   if whole:
-    digest.update(raw)
+    digest.update(memoryview(raw))
   else:
     for begin in np.linspace(0, raw.nbytes - _BLOCK, _BLOCKS).astype(np.int64):
-      digest.update(np.ascontiguousarray(raw[begin : begin + _BLOCK]))
+      digest.update(memoryview(raw[begin : begin + _BLOCK]))
   return {
     "tokens": len(tokens.flat),
     "documents": len(tokens.begins),
