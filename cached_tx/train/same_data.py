@@ -21,13 +21,13 @@ def identity(tokens: Tokens) -> dict[str, Any]:
     spread evenly over the tokens, the first and the last included.
   """
   raw = tokens.flat.view(np.uint8)
-  digest = hashlib.sha256(memoryview(np.ascontiguousarray(tokens.begins)))
+  digest = hashlib.sha256(np.ascontiguousarray(tokens.begins).data)
   whole = raw.nbytes <= LARGEST
   if whole:
-    digest.update(memoryview(raw))
+    digest.update(raw.data)
   else:
     for begin in np.linspace(0, raw.nbytes - _BLOCK, _BLOCKS).astype(np.int64):
-      digest.update(memoryview(raw[begin : begin + _BLOCK]))
+      digest.update(raw[begin : begin + _BLOCK].data)
   return {
     "tokens": len(tokens.flat),
     "documents": len(tokens.begins),
