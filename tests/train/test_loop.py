@@ -16,6 +16,7 @@ from cached_tx.train.checkpoint import Checkpoints
 from cached_tx.train.experiment import Experiment
 from cached_tx.train.loop import due, train
 from cached_tx.train.metrics import read_log
+from cached_tx.train.optimizer import AUXILIARY, MAIN, make_optimizer
 from tests.train import toy
 
 STEPS, EVERY, EMA = 20, 10, 0.9
@@ -230,12 +231,30 @@ def test_the_average_follows_the_parameters():
 
 
 def test_an_auxiliary_loss_changes_nothing_but_what_it_trains():
-  small = dict(batch=2, optimizer__clip=1e-3, optimizer__warmup=0, optimizer__ema=0.0)
+  small = dict(batch=2, optimizer__clip=0.0, optimizer__warmup=0, optimizer__ema=0.0)
   batch = stream(2, 4 * toy.SEGMENT)
   small |= dict(segments=4, steps=5)
   on, metrics = steps(config("compressive", memory__loss="attention", **small), [batch])
   off, _ = steps(config("compressive", memory__loss="none", **small), [batch])
-  assert metrics[0]["auxiliary_grad_norm"] > 1e-2  # far above the clip
+  assert metrics[0]["auxiliary_grad_norm"] > 1e-2
   assert_close(on.opt_state, off.opt_state, 1e-5, skip=("compressor",))
   with pytest.raises(AssertionError):
     assert_close(on.opt_state, off.opt_state, 1e-5)
+
+
+def test_auxiliary_gradients_are_clipped_apart():
+  labels = {"main": {"kernel": MAIN}, "other": {"kernel": AUXILIARY}}
+  options = dict(peak=0.1, muon=0.0, warmup=0, floor=0.0, decay=0.0, b1=0.9, b2=0.99)
+  optimizer = make_optimizer(labels, steps=5, clip=1.0, accumulate=1, **options)
+  params = jax.tree.map(lambda _: jnp.ones((2, 2)), labels)
+
+  def after(main, other):
+    grads = {
+      "main": {"kernel": jnp.full((2, 2), main)},
+      "other": {"kernel": jnp.full((2, 2), other)},
+    }
+    return optimizer.update(grads, optimizer.init(params), params)[1]
+
+  assert_close(after(0.4, 1e6), after(0.4, 0.0), 1e-6, skip=("other",))
+  with pytest.raises(AssertionError):  # the group's own norm is clipped
+    assert_close(after(4.0, 0.0), after(0.4, 0.0), 1e-6)
