@@ -22,7 +22,7 @@ def commit() -> str:
     )
     return done.stdout.strip()
 
-  changed = git("status", "--porcelain", "--untracked-files=no", "--", "cached_tx")
+  changed = git("diff", "--name-only", "HEAD", "--", "cached_tx", "configs")
   return git("rev-parse", "--short", "HEAD") + ("+" if changed else "")
 
 

@@ -1,10 +1,13 @@
 """The table of the README: every kind of memory, equal in all else.
 
-python -m benchmarks.memories            trains what is missing, then prints the table
-python -m benchmarks.memories --speed    measures tokens per second, interleaved
+python -m benchmarks.memories                 all of it, then prints the table
+python -m benchmarks.memories --only train    trains what is missing
+python -m benchmarks.memories --only speed    times training steps, interleaved
+python -m benchmarks.memories --only table    prints what was measured
 
 Training runs are resumed and kept in runs/memories; results are lines of
-benchmarks/results/memories.jsonl, one per kind and seed, and speed.jsonl.
+benchmarks/results/memories.jsonl, one per kind and seed, and speed.jsonl. Delete the
+files to measure anew.
 """
 
 import argparse
@@ -18,7 +21,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 
-from benchmarks.machine import ROOT, describe, matmul_rate
+from benchmarks.machine import ROOT, commit, describe, matmul_rate
 from cached_tx.data import TrainStream, tokenize
 from cached_tx.evaluate import measured
 from cached_tx.inspect.flops import training_flops
@@ -62,10 +65,23 @@ def config_of(kind: str, seed: int) -> Any:
   return config
 
 
+def begun_here(workdir: Path) -> None:
+  """Notes the commit that begins a run; refuses to continue one of another commit."""
+  note, now = workdir / "commit", commit()
+  if note.exists() and note.read_text() != now:
+    raise SystemExit(
+      f"{workdir} was begun at commit {note.read_text()}, and this is {now}: one "
+      "number would stand for two programs; delete the folder to begin anew"
+    )
+  workdir.mkdir(parents=True, exist_ok=True)
+  note.write_text(now)
+
+
 def one(kind: str, seed: int) -> dict[str, Any]:
   """Trains one model and evaluates it on the test split."""
   config = config_of(kind, seed)
   experiment = Experiment(config)
+  begun_here(RUNS / f"{kind}-{seed}")
   result = train(config, RUNS / f"{kind}-{seed}")
   if not result.finished:
     raise SystemExit("interrupted; run the same command again to go on")
@@ -153,19 +169,18 @@ def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("--seeds", type=int, default=3)
   parser.add_argument("--kinds", default="", help="comma-separated; all if empty")
-  parser.add_argument("--speed", action="store_true", help="time steps, train nothing")
-  parser.add_argument("--repeats", type=int, default=7, help="rounds of --speed")
-  parser.add_argument("--only_table", action="store_true")
+  parser.add_argument("--only", choices=("train", "speed", "table"))
+  parser.add_argument("--repeats", type=int, default=7, help="rounds of timing")
   args = parser.parse_args()
-  if args.speed:
-    speed(args.repeats, steps=4)
-  elif not args.only_table:
+  if args.only in (None, "train"):
     kinds = args.kinds.split(",") if args.kinds else list(compare().MEMORIES)
     for seed in range(args.seeds):
       for kind in kinds:
         known = {(r["kind"], r["seed"]) for r in lines(RESULTS / "memories.jsonl")}
         if (kind, seed) not in known:
           append(RESULTS / "memories.jsonl", one(kind, seed))
+  if args.only == "speed" or not (args.only or lines(RESULTS / "speed.jsonl")):
+    speed(args.repeats, steps=4)
   print(table())
 
 

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 def get_config(mode="full"):
   c = ConfigDict()
   c.seed = 0
-  c.steps = 320
+  c.steps = 450
   c.batch = 32  # rows over all devices
   c.segment = 64  # tokens between two updates of the memory
   c.segments = 1  # per step
@@ -18,16 +18,16 @@ def get_config(mode="full"):
   c.data = ConfigDict(dict(name="web_en", path="", tokenizer="bytes", vocab=""))
   c.model = ConfigDict(
     dict(
-      layers=4,
-      width=192,
-      heads=3,
-      mlp=768,
+      layers=3,
+      width=128,
+      heads=2,
+      mlp=512,
       activation="relu2",
       positions="rotary",
       dropout=0.0,
       dtype="float32",
       remat="none",
-      unroll=4,
+      unroll=1,
       pattern=(),
     )
   )
@@ -56,8 +56,8 @@ def get_config(mode="full"):
     )
   )
   c.mesh = ConfigDict(dict(data=-1, fsdp=1, tensor=1, sequence=1))
-  c.eval = ConfigDict(dict(every=160, batch=32, segments=32))
-  c.save = ConfigDict(dict(every=160, keep=2))
+  c.eval = ConfigDict(dict(every=225, batch=32, segments=32))
+  c.save = ConfigDict(dict(every=225, keep=2))
   c.log_every = 10
   if mode == "smoke":
     c.steps, c.batch, c.segment = 20, 8, 32
