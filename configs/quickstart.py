@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 def get_config(mode="full"):
   c = ConfigDict()
   c.seed = 0
-  c.steps = 450
+  c.steps = 360
   c.batch = 32  # rows over all devices
   c.segment = 64  # tokens between two updates of the memory
   c.segments = 1  # per step
@@ -56,8 +56,8 @@ def get_config(mode="full"):
     )
   )
   c.mesh = ConfigDict(dict(data=-1, fsdp=1, tensor=1, sequence=1))
-  c.eval = ConfigDict(dict(every=225, batch=32, segments=32))
-  c.save = ConfigDict(dict(every=225, keep=2))
+  c.eval = ConfigDict(dict(every=180, batch=32, segments=32))
+  c.save = ConfigDict(dict(every=180, keep=2))
   c.log_every = 10
   if mode == "smoke":
     c.steps, c.batch, c.segment = 20, 8, 32
