@@ -13,17 +13,29 @@ import jax.numpy as jnp
 ROOT = Path(__file__).parents[1]
 
 
+def _git(*words: str) -> str:
+  done = subprocess.run(
+    ["git", *words], cwd=ROOT, capture_output=True, text=True, check=False
+  )
+  return done.stdout.strip()
+
+
 def commit() -> str:
-  """The commit of the tree, with a + if files differ from it."""
+  """The commit of the tree."""
+  return _git("rev-parse", "--short", "HEAD")
 
-  def git(*words: str) -> str:
-    done = subprocess.run(
-      ["git", *words], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    return done.stdout.strip()
 
-  changed = git("diff", "--name-only", "HEAD", "--", "cached_tx", "configs")
-  return git("rev-parse", "--short", "HEAD") + ("+" if changed else "")
+def program() -> str:
+  """What decides a result: the contents of cached_tx/ and of configs/compare.py.
+
+  Raises:
+    SystemExit: they differ from the commit, so that no name says what they are.
+  """
+  parts = ("cached_tx", "configs/compare.py")
+  changed = _git("diff", "--name-only", "HEAD", "--", *parts)
+  if changed:
+    raise SystemExit(f"commit first, or a number has no program to name: {changed}")
+  return "-".join(_git("rev-parse", f"HEAD:{part}")[:8] for part in parts)
 
 
 def describe() -> dict[str, Any]:
@@ -35,6 +47,7 @@ def describe() -> dict[str, Any]:
     model = names[0].partition(":")[2].strip() if names else model
   return {
     "commit": commit(),
+    "program": program(),
     "device": jax.devices()[0].device_kind,
     "processor": model,
     "cores": os.cpu_count(),

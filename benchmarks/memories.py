@@ -6,8 +6,9 @@ python -m benchmarks.memories --only speed    times training steps, interleaved
 python -m benchmarks.memories --only table    prints what was measured
 
 Training runs are resumed and kept in runs/memories; results are lines of
-benchmarks/results/memories.jsonl, one per kind and seed, and speed.jsonl. Delete the
-files to measure anew.
+benchmarks/results/memories.jsonl, one per kind and seed, and speed.jsonl. Each carries
+the program that it was measured with (see benchmarks/machine.py); what another program
+gave is measured anew, and never enters one table with this one's.
 """
 
 import argparse
@@ -21,7 +22,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 
-from benchmarks.machine import ROOT, commit, describe, matmul_rate
+from benchmarks.machine import ROOT, describe, matmul_rate, program
 from cached_tx.data import TrainStream, tokenize
 from cached_tx.evaluate import measured
 from cached_tx.inspect.flops import training_flops
@@ -50,6 +51,12 @@ def lines(path: Path) -> list[dict[str, Any]]:
   return [json.loads(s) for s in path.read_text().splitlines()] if path.exists() else []
 
 
+def measured_by(name: str, which: str | None) -> list[dict[str, Any]]:
+  """The records of one program; with None, of the one that wrote the last record."""
+  found = lines(RESULTS / name)
+  return [r for r in found if r["program"] == (which or found[-1]["program"])]
+
+
 def append(path: Path, record: dict[str, Any]) -> None:
   """Adds a line."""
   path.parent.mkdir(parents=True, exist_ok=True)
@@ -66,12 +73,12 @@ def config_of(kind: str, seed: int) -> Any:
 
 
 def begun_here(workdir: Path) -> None:
-  """Notes the commit that begins a run; refuses to continue one of another commit."""
-  note, now = workdir / "commit", commit()
+  """Notes the program that begins a run; refuses to continue one of another."""
+  note, now = workdir / "program", program()
   if note.exists() and note.read_text() != now:
     raise SystemExit(
-      f"{workdir} was begun at commit {note.read_text()}, and this is {now}: one "
-      "number would stand for two programs; delete the folder to begin anew"
+      f"{workdir} was begun by program {note.read_text()}, and this is {now}: one "
+      "number would stand for both; delete the folder to begin anew"
     )
   workdir.mkdir(parents=True, exist_ok=True)
   note.write_text(now)
@@ -138,7 +145,8 @@ def speed(repeats: int, steps: int) -> None:
 
 def table() -> str:
   """Markdown: mean and spread over seeds."""
-  done, rates = lines(RESULTS / "memories.jsonl"), lines(RESULTS / "speed.jsonl")
+  done = measured_by("memories.jsonl", None)
+  rates = measured_by("speed.jsonl", None)
   rows = [
     "| memory | bits per byte | memory ablated | parameters "
     "| training MFLOP per token | tokens/s | state per row |",
@@ -176,10 +184,12 @@ def main() -> None:
     kinds = args.kinds.split(",") if args.kinds else list(compare().MEMORIES)
     for seed in range(args.seeds):
       for kind in kinds:
-        known = {(r["kind"], r["seed"]) for r in lines(RESULTS / "memories.jsonl")}
+        known = {
+          (r["kind"], r["seed"]) for r in measured_by("memories.jsonl", program())
+        }
         if (kind, seed) not in known:
           append(RESULTS / "memories.jsonl", one(kind, seed))
-  if args.only == "speed" or not (args.only or lines(RESULTS / "speed.jsonl")):
+  if args.only == "speed" or not (args.only or measured_by("speed.jsonl", program())):
     speed(args.repeats, steps=4)
   print(table())
 

@@ -20,6 +20,7 @@ from cached_tx.train.config import to_json
 from cached_tx.train.experiment import Experiment
 from cached_tx.train.metrics import read_log
 from cached_tx.train.plots import loss_plot
+from cached_tx.train.processes import wait_for_others
 from cached_tx.train.run_config import write_atomically
 
 LARGEST = 20_000_000  # bytes of training text, up to which baselines are computed
@@ -34,8 +35,8 @@ def report(workdir: str | os.PathLike) -> dict[str, Any]:
 
   Returns:
     JSON data: step, parameters, test (see `cached_tx.evaluate.measured`), baselines
-    (bits per byte by name, or None with "baselines_skipped" saying why), sample,
-    speed, files.
+    (bits per byte by name, or None with "baselines_skipped" saying why), sample (text,
+    or None with "sample_skipped"), speed, files.
   """
   stored = Experiment.of(workdir)
   rows = stored.config.eval.batch
@@ -48,18 +49,33 @@ def report(workdir: str | os.PathLike) -> dict[str, Any]:
       experiment, params, split="test", memory=("kept", "zeroed"), rows=rows
     ),
   }
+  first = jax.process_index() == 0
+  if first:  # written before the sample, which a large model may not have room for
+    found["baselines"], found["baselines_skipped"] = _baselines(experiment)
+    found["speed"] = speed(experiment.config, workdir)
+    found["sample"], found["sample_skipped"] = None, "the report was cut off"
+    _files(experiment, Path(workdir), found)
   params = _gathered(params)  # collective: no process may have left
-  if jax.process_index() != 0:
-    return found
-  found["baselines"], found["baselines_skipped"] = _baselines(experiment)
-  sample = io.BytesIO()
-  own = _on_one_device(experiment, params, step)
-  write(own, b"", sample, tokens=SAMPLE, temperature=0.8, seed=0)
-  found["sample"] = sample.getvalue().decode(errors="replace")
-  found["speed"] = speed(experiment.config, workdir)
-  found["files"] = _files(experiment, Path(workdir), found)
-  print(text(found))
+  if first:
+    found["sample"], found["sample_skipped"] = _sample(experiment, params, step)
+    found["files"] = _files(experiment, Path(workdir), found)
+    print(text(found))
+  if jax.process_count() > 1:
+    wait_for_others("the report is written")
   return found
+
+
+def _sample(
+  experiment: Experiment, params: Any, step: int
+) -> tuple[str | None, str | None]:
+  """Text, or None and why not."""
+  sample = io.BytesIO()
+  try:
+    own = _on_one_device(experiment, params, step)
+    write(own, b"", sample, tokens=SAMPLE, temperature=0.8, seed=0)
+  except (RuntimeError, MemoryError) as error:  # the model needs more than one device
+    return None, f"one device could not write it: {error}".splitlines()[0]
+  return sample.getvalue().decode(errors="replace"), None
 
 
 def _gathered(params: Any) -> Any:
@@ -182,8 +198,11 @@ def text(found: dict[str, Any]) -> str:
   lines = ["", *_facts(found), "", *aligned(rows)]
   if found["baselines"] is None:
     lines.append(f"  no compressors, no n-grams: {found['baselines_skipped']}")
-  lines += ["", "a sample, from nothing, at temperature 0.8", ""]
-  lines += [f"  {line}" for line in printable(found["sample"]).splitlines()]
+  if found["sample"] is None:
+    lines += ["", f"no sample: {found['sample_skipped']}"]
+  else:
+    lines += ["", "a sample, from nothing, at temperature 0.8", ""]
+    lines += [f"  {line}" for line in printable(found["sample"]).splitlines()]
   lines += ["", *aligned([(name, path) for name, path in found["files"].items()], 2)]
   return "\n".join(lines)
 
@@ -194,8 +213,12 @@ def markdown(found: dict[str, Any]) -> str:
   lines += [f"| {name} | {bits:.3f} |" for name, bits in ranking(found)]
   if found["baselines"] is None:
     lines += ["", f"No compressors, no n-grams: {found['baselines_skipped']}."]
-  lines += ["", "![Loss](loss.png)", "", "A sample, from nothing, at temperature 0.8:"]
-  lines += ["", *(f"    {line}" for line in printable(found["sample"]).splitlines())]
+  lines += ["", "![Loss](loss.png)", ""]
+  if found["sample"] is None:
+    lines += [f"No sample: {found['sample_skipped']}."]
+  else:
+    lines += ["A sample, from nothing, at temperature 0.8:", ""]
+    lines += [f"    {line}" for line in printable(found["sample"]).splitlines()]
   return "\n".join(lines) + "\n"
 
 

@@ -4,7 +4,8 @@ python -m benchmarks.memories
 python -m cached_tx.main train --config configs/compare.py:grc --workdir DIR
 
 Every kind attends 32 slots besides its segment of 32 tokens, where it has slots: none
-has neither, favor has running sums. tbptt is 2 for all, since grc learns by it alone.
+has neither, favor has running sums, and xl+favor has them in the middle layer. tbptt is
+2 for all, since grc learns by it alone.
 """
 
 from ml_collections import ConfigDict
@@ -22,7 +23,12 @@ MEMORIES = {
   ),
   "grc": dict(kind="grc", size=32, ratio=0.5),
   "favor": dict(kind="favor", features=64, chunk=64, seed=0),
+  "xl+favor": dict(
+    xl=dict(kind="xl", size=32),
+    favor=dict(kind="favor", features=64, chunk=64, seed=0),
+  ),
 }
+PATTERNS = {"xl+favor": ("xl", "favor", "xl")}  # of the three layers
 
 
 def get_config(mode="xl"):
@@ -47,8 +53,8 @@ def get_config(mode="xl"):
       dropout=0.0,
       dtype="float32",
       remat="none",
-      unroll=3,
-      pattern=(),
+      unroll=1,
+      pattern=PATTERNS.get(mode, ()),
     )
   )
   c.memory = ConfigDict(MEMORIES[mode])

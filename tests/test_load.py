@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from cached_tx.data.tokenizers import Bytes
 from cached_tx.load import load
 from cached_tx.train.checkpoint import Checkpoints
 from cached_tx.train.experiment import Experiment
@@ -70,6 +71,12 @@ def test_what_is_not_there(tmp_path):
   shutil.copy(workdir() / "config.json", tmp_path)
   with pytest.raises((ValueError, FileNotFoundError)):
     load(tmp_path)
+
+
+def test_another_vocabulary_of_the_same_size_is_refused(monkeypatch):
+  monkeypatch.setattr(Bytes, "identity", "words-0123")
+  with pytest.raises(ValueError, match=r"those of bytes, but .* give words-0123"):
+    load(workdir())
 
 
 def test_loading_changes_nothing_in_the_folder():

@@ -45,6 +45,18 @@ def test_large_texts_have_no_baselines(folder, capsys, monkeypatch):
   assert "no n-grams" in capsys.readouterr().out
 
 
+def test_scores_are_kept_where_a_sample_cannot_be(folder, capsys, monkeypatch):
+  def full(*args, **kwargs):
+    raise RuntimeError("RESOURCE_EXHAUSTED: out of memory\nand more")
+
+  monkeypatch.setattr(module, "write", full)
+  found = report(folder)
+  assert found["sample"] is None and "RESOURCE_EXHAUSTED" in found["sample_skipped"]
+  assert "no sample: one device could not write it" in capsys.readouterr().out
+  assert "No sample: one device" in (folder / "report.md").read_text()
+  assert json.loads((folder / "report.json").read_text())["test"] == found["test"]
+
+
 def test_speed(tmp_path):
   lines = [
     {"step": 0, "kind": "event", "event": "first_step", "seconds": 9.0},

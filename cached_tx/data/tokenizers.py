@@ -4,6 +4,7 @@ BOS begins every document, is never the result of encoding, and is never predict
 """
 
 import hashlib
+import tempfile
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -137,9 +138,11 @@ def _words(vocab: str, corpus: Iterable[bytes] | None) -> Words:
     return Words.from_file(kept)
   words = Words.from_corpus(corpus)
   if kept is not None:
-    part = kept.with_name(f"{kept.name}.{words.identity}.part")
-    words.save(part)
-    part.replace(kept)
+    # Of a folder of its own: another process may be building the same file.
+    with tempfile.TemporaryDirectory(dir=kept.parent) as folder:
+      part = Path(folder) / kept.name
+      words.save(part)
+      part.replace(kept)
   return words
 
 

@@ -24,7 +24,10 @@ def kernel_init(scale: float, inputs: int, names: Sequence[str | None]):
 
 
 class ToHeads(nn.Module):
-  """x W, split into heads. `frozen` passes gradients to x, none to the parameters.
+  """x W + b, split into heads.
+
+  `frozen` passes gradients to x, none to the parameters, and adds no bias: it is for
+  comparing contents, and the bias speaks of distance.
 
   Attributes:
     heads: H.
@@ -53,14 +56,13 @@ class ToHeads(nn.Module):
     ).astype(self.dtype)
     kernel = jax.lax.stop_gradient(kernel) if frozen else kernel
     out = jnp.einsum("bsd,dhk->bshk", x.astype(self.dtype), kernel)
-    if self.bias is None:
+    if self.bias is None or frozen:
       return out
     shape = (self.heads, self.head_width)
     start = jnp.where(jnp.arange(self.head_width) < self.head_width // 2, self.bias, 0)
     init = lambda key, shape, dtype: jnp.broadcast_to(start, shape).astype(dtype)
     init = partitioned(init, "heads", "head_width")
     bias = self.param("bias", init, shape, jnp.float32).astype(self.dtype)
-    bias = jax.lax.stop_gradient(bias) if frozen else bias
     return out + bias[None, None]
 
 

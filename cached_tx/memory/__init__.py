@@ -1,5 +1,6 @@
 """Memories, by kind. A new one is one file of this folder and one line here."""
 
+import dataclasses
 from typing import Any
 
 from cached_tx.memory.base import (
@@ -32,13 +33,14 @@ def build_memory(kind: str, **options: Any) -> MemoryModule:
   """
   if kind not in KINDS:
     raise ValueError(f"memory.kind is {kind!r}; one of {', '.join(KINDS)}")
-  fields = KINDS[kind].__dataclass_fields__
+  fields = [field.name for field in dataclasses.fields(KINDS[kind])]
   known = [name for name in fields if name not in ("parent", "name")]
   unknown = sorted(set(options) - set(known))
   if unknown:
     raise ValueError(
-      f"memory.{unknown[0]} is no option of the kind {kind!r}, which has: "
-      + (", ".join(known) or "none")
+      f"memory.{unknown[0]} is {options[unknown[0]]!r}, but the kind {kind!r} has no "
+      f"such option; it has: {', '.join(known) or 'none'}. Another kind needs a "
+      "section memory of its own: see configs/compare.py"
     )
   return KINDS[kind](**options)
 

@@ -103,9 +103,11 @@ class ChunkSums(NamedTuple):
 def join_sums(a: ChunkSums, b: ChunkSums) -> ChunkSums:
   """The sums over a's keys, then b's: the associative rule of the prefix sum."""
   decay = jnp.where(b.starts, 0, jnp.exp(jnp.minimum(a.top - b.top, 0)))
+  older = jnp.where(b.starts[..., None], 0, a.keys)  # 0 times NaN would be NaN
+  values = jnp.where(b.starts[..., None, None], 0, a.values)
   return ChunkSums(
-    b.values + decay[..., None, None] * a.values,
-    b.keys + decay[..., None] * a.keys,
+    b.values + decay[..., None, None] * values,
+    b.keys + decay[..., None] * older,
     b.top,
     a.starts | b.starts,
   )
@@ -197,8 +199,11 @@ def favor_attention(
   began = jnp.cumsum(chunked(starts), axis=2) > 0  # N B C
   fade = jnp.exp(jnp.minimum(before.top[:, :, None] - mu, 0))
   fade = jnp.where(began[..., None], 0, fade)  # N B C H
-  above = jnp.einsum("nbchr,nbhrk->nbchk", queries, before.values) * fade[..., None]
-  below = jnp.einsum("nbchr,nbhr->nbch", queries, before.keys) * fade
+  asking = jnp.where(began[..., None, None], 0, queries)  # and no gradient is NaN
+  above = jnp.einsum("nbchr,nbhrk->nbchk", asking, before.values)
+  above = jnp.where(began[..., None, None], 0, above) * fade[..., None]
+  below = jnp.einsum("nbchr,nbhr->nbch", asking, before.keys)
+  below = jnp.where(began[..., None], 0, below) * fade
 
   # What the tokens of the own chunk bring.
   seen = jnp.tril(jnp.ones((C, C), bool))[None, None]
@@ -211,6 +216,7 @@ def favor_attention(
 
   some = below > 1e-18  # a bare floor would differentiate into NaN
   out = jnp.where(some[..., None], above / jnp.where(some, below, 1)[..., None], 0)
+  out = jnp.where(jnp.isnan(below)[..., None], jnp.nan, out)  # seen, not taken for 0
   out = jnp.moveaxis(out, 0, 1).reshape(B, L + pad, H, K)[:, :L]
   out = jnp.where(valid[..., None, None], out, 0).astype(dtype)
   final = PrefixSums(totals.values[-1], totals.keys[-1], totals.top[-1])

@@ -15,6 +15,7 @@ Arrays of typed PRNG keys are stored as their uint32 data. Arrays without
 elements are not stored (Orbax refuses them) but made anew from the target.
 """
 
+import contextlib
 import logging
 import math
 import os
@@ -80,16 +81,19 @@ class Checkpoints:
     self._every = every
     self._read_only = read_only
     self._reader = StepReader(self.directory)
-    self._losses: dict[int, float] = {}
+    self._losses: dict[int, tuple[Any, float]] = {}  # what was scored, and the loss
     if read_only:
-      options = ocp.CheckpointManagerOptions(read_only=True)
+      options = ocp.CheckpointManagerOptions(
+        read_only=True, save_interval_steps=0, create=False
+      )
     else:
       self.directory.mkdir(parents=True, exist_ok=True)
       options = ocp.CheckpointManagerOptions(
         preservation_policy=_LatestAndBest(keep, self.best_step),
         cleanup_tmp_directories=True,
       )
-    self._manager = ocp.CheckpointManager(self.directory, options=options)
+    with _silent("Given directory is read only"):  # it was asked for
+      self._manager = ocp.CheckpointManager(self.directory, options=options)
     for step in self.steps():
       self._remember_loss(step)
 
@@ -121,9 +125,13 @@ class Checkpoints:
     return max(self.steps(), default=None)
 
   def best_step(self) -> int | None:
-    """The step with the smallest metrics["loss"] (of equals the newest)."""
-    found = [(self._losses[s], -s) for s in self.steps() if s in self._losses]
-    return -min(found)[1] if found else None
+    """The step with the smallest metrics["loss"] (of equals the newest).
+
+    Only losses of what the newest one was measured on are compared: see `save`.
+    """
+    known = [s for s in self.steps() if s in self._losses]
+    scored = [s for s in known if self._losses[s][0] == self._losses[known[-1]][0]]
+    return -min((self._losses[s][1], -s) for s in scored)[1] if known else None
 
   def save(
     self,
@@ -140,7 +148,8 @@ class Checkpoints:
     Args:
       step: how many steps have been finished.
       state: any pytree of jax arrays (global ones, with several processes).
-      meta: JSON data to come back on restore, such as the data position.
+      meta: JSON data to come back on restore, such as the data position;
+        "scored_on", where given, tells losses that cannot be compared apart.
       metrics: "loss", where given, decides which checkpoint is the best one.
 
     Returns:
@@ -156,7 +165,7 @@ class Checkpoints:
     if step in self.steps():
       return False
     tree, body = pack(state, meta, metrics or {})
-    self._set_loss(step, body["metrics"])
+    self._set_loss(step, body)
     arrays, text = ocp.args.PyTreeSave(tree), ocp.args.JsonSave(body)
     items = ocp.args.Composite(state=arrays, meta=text)
     return self._manager.save(step, args=items, force=True)
@@ -269,14 +278,15 @@ class Checkpoints:
 
   def _remember_loss(self, step: int):
     try:
-      self._set_loss(step, self._reader.read_body(step)["metrics"])
+      self._set_loss(step, self._reader.read_body(step))
     except Exception as error:  # restore_latest deals with it, or says why
       _log.info("no metrics of step %d: %s", step, error)
 
-  def _set_loss(self, step: int, metrics: Mapping[str, float]):
+  def _set_loss(self, step: int, body: Mapping[str, Any]):
     self._losses.pop(step, None)
-    if math.isfinite(metrics.get("loss", math.nan)):
-      self._losses[step] = metrics["loss"]
+    loss = body["metrics"].get("loss", math.nan)
+    if math.isfinite(loss):
+      self._losses[step] = body["meta"].get("scored_on"), loss
 
   def _move_aside(self, steps: list[int]):
     if jax.process_index() == 0:
@@ -292,6 +302,17 @@ class Checkpoints:
     for step in steps:
       self._losses.pop(step, None)
     self._manager.reload()
+
+
+@contextlib.contextmanager
+def _silent(words: str) -> Iterator[None]:
+  """Keeps one warning of absl's logger from the screen."""
+  logger, hide = logging.getLogger("absl"), lambda r: words not in r.getMessage()
+  logger.addFilter(hide)
+  try:
+    yield
+  finally:
+    logger.removeFilter(hide)
 
 
 class _LatestAndBest:

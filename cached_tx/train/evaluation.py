@@ -89,7 +89,8 @@ class Evaluator:
     if memory == "shuffled" and self._rows < 2:
       raise ValueError("memory='shuffled' needs 2 rows or more: change eval.batch")
     empty = state = self._empty()
-    past, sums = [empty] * STALE, []  # past: before each of the last STALE segments
+    past = [empty] * STALE if memory == "stale" else []  # before the last segments
+    sums = []
     for index in range(self._count):
       batch = self._feed(self.batches[index])
       if not self._compiled:
@@ -104,7 +105,8 @@ class Evaluator:
       result, after = self._step(params, read, batch)
       if memory in ("shuffled", "stale"):
         _, after = self._step(params, state, batch)
-      past, state = [*past[1:], state], after
+      past = [*past[1:], state] if past else past  # device memory, for this alone
+      state = after
       sums.append(result)
     nats, targets = zip(*jax.device_get(sums), strict=True)
     return Evaluation(float(sum(map(float, nats))), int(sum(map(float, targets))))

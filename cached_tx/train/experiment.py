@@ -111,9 +111,16 @@ class Experiment:
       The parameters, and the number of steps behind them.
 
     Raises:
-      ValueError: no such checkpoint, or none that is valid.
+      ValueError: no such checkpoint, or none that is valid; or the tokenizer is not
+        the one that the model was trained with.
     """
     name = "ema" if self.config.optimizer.ema else "params"
     with Checkpoints(workdir, read_only=True) as checkpoints:
       params, meta = checkpoints.restore_params(self.abstract_params(), step, name)
+    stored, given = meta.get("tokenizer"), self.tokenizer.identity
+    if stored not in (None, given):
+      raise ValueError(
+        f"the ids of this run's model are those of {stored}, but data.tokenizer and "
+        f"data.vocab now give {given}: restore the vocabulary that it was trained with"
+      )
     return params, meta["step"]

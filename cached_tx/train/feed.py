@@ -42,9 +42,11 @@ class Feed:
     stops = [rows if index[0].stop is None else index[0].stop for index in held]
     self.shard, self.shards = 0, 1
     for shards in range(jax.process_count(), 0, -1):
+      if rows % shards:
+        continue
       size = rows // shards
       shard = min(starts) // size
-      if rows % shards == 0 and max(stops) <= (shard + 1) * size:
+      if max(stops) <= (shard + 1) * size:
         self.shard, self.shards = shard, shards
         break
     self._first = self.shard * (rows // self.shards)

@@ -65,6 +65,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> Result:
     FloatingPointError: a loss or norm is not finite.
   """
   experiment = Experiment(config)
+  processes.first_then_others(lambda: experiment.tokenizer)  # may count all words
   mesh, _ = experiment.mesh, experiment.model  # refuses what does not fit, early
   processes.assert_same(json.dumps(to_json(config), sort_keys=True), "the config")
   check_config(workdir, to_json(config))
@@ -117,8 +118,14 @@ def _run(
 ) -> Result:
   config = experiment.config
   state, shardings, step_fn = prepare(experiment)
-  validation = _validation(experiment)
+  held_out = _tokens(experiment, "validation")
+  validation = _validation(experiment, held_out)
   bytes_per_token = _bytes_per_token(experiment, validation)
+  about = {
+    "data": data,
+    "tokenizer": experiment.tokenizer.identity,
+    "scored_on": {**identity(held_out), **config.eval.to_dict(), "every": None},
+  }
   save = config.save
   with Checkpoints(workdir, keep=save.keep, every=save.every) as checkpoints:
     target = jax.tree.map(
@@ -137,7 +144,7 @@ def _run(
 
     def keep(step: int) -> None:
       log.flush()  # raises on a non-finite loss or norm, before it is saved
-      checkpoints.save(step, state, {"step": step, "data": data}, scores or None)
+      checkpoints.save(step, state, {"step": step, **about}, scores or None)
 
     with (
       Preemption() as preemption,
@@ -184,11 +191,11 @@ def _tokens(experiment: Experiment, split: str) -> Tokens:
   )
 
 
-def _validation(experiment: Experiment) -> Evaluator:
+def _validation(experiment: Experiment, tokens: Tokens) -> Evaluator:
   config = experiment.config
   return Evaluator(
     experiment.model,
-    _tokens(experiment, "validation"),
+    tokens,
     rows=config.eval.batch,
     mesh=experiment.mesh,
     segments=config.eval.segments,

@@ -77,8 +77,9 @@ def check_config(
   Raises:
     ValueError: other keys differ; lists each with both values.
   """
-  if not any((Path(workdir) / "checkpoints").glob("[0-9]*")):
-    return {}
+  names = [path.name for path in (Path(workdir) / "checkpoints").glob("[0-9]*")]
+  if not any(name.isdigit() or ".damaged" in name for name in names):
+    return {}  # what a kill left unfinished is no checkpoint
   stored = read_config(workdir)
   if stored is None:
     return {}

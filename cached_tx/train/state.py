@@ -45,11 +45,12 @@ def init_params(model: DecoderLM, key: jax.Array) -> Any:
 
 def labels(model: DecoderLM, params: Any) -> Any:
   """MAIN or AUXILIARY for each parameter: which gradient reaches it."""
-  names = {name for memory in model.memories for name in memory.auxiliary}
+  names = {f"blocks_{i}": set(m.auxiliary) for i, m in enumerate(model.memories)}
 
   def label(path, _):
     keys = {str(getattr(p, "key", p)) for p in path}
-    return AUXILIARY if keys & names else MAIN
+    own: set[str] = set().union(*(names[key] for key in keys & names.keys()))
+    return AUXILIARY if keys & own else MAIN
 
   return jax.tree_util.tree_map_with_path(label, params)
 

@@ -93,7 +93,9 @@ def test_a_setting_that_does_not_fit_is_named(changes, message):
 def test_unknown_kinds_and_options_are_named():
   with pytest.raises(ValueError, match=r"memory\.kind is 'what'"):
     build_memory("what")
-  with pytest.raises(ValueError, match=r"memory\.rate is no option of the kind 'xl'"):
+  with pytest.raises(
+    ValueError, match=r"memory\.rate is 2, but the kind 'xl' has no such"
+  ):
     build_memory("xl", rate=2)
 
 

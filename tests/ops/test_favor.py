@@ -168,3 +168,29 @@ def test_equals_the_definition_computed_elsewhere(scale, masked):
       want = z[name + f"d{letter}"]
       slope = np.asarray(slope)[..., : want.shape[-1]]
       np.testing.assert_allclose(slope, want, rtol=0, atol=2e-7 * np.abs(want).max())
+
+
+def test_what_an_older_document_left_is_gone_even_if_it_is_not_a_number():
+  q, k, v, w, starts = arrays(3)
+  starts[:] = False
+  starts[0, 0] = starts[1, 6] = True  # at the border, and within a chunk
+  after = np.cumsum(starts, axis=1) > 0
+  fresh = no_sums(B, H, R, K)
+  spoilt = fresh._replace(
+    values=jnp.full_like(fresh.values, jnp.nan), keys=jnp.full_like(fresh.keys, jnp.nan)
+  )
+
+  def seen(q, k, v, sums):
+    out, state = run(q, k, v, w, starts, None, sums)
+    total = jnp.where(after[..., None, None], out, 0).sum()
+    return total + state.values.sum(), (out, state)
+
+  slopes = jax.grad(seen, argnums=(0, 1, 2), has_aux=True)
+  got, (out, state) = slopes(q, k, v, spoilt)
+  want, (out_fresh, state_fresh) = slopes(q, k, v, fresh)
+  assert np.isnan(out[~after]).all()  # and never a number that hides it
+  np.testing.assert_array_equal(out[after], out_fresh[after])
+  for a, b in zip(state, state_fresh, strict=True):
+    np.testing.assert_array_equal(a, b)
+  for a, b in zip(got, want, strict=True):
+    np.testing.assert_array_equal(a[after], b[after])

@@ -89,6 +89,8 @@ def compressive(params, positions, tokens, segment, size, compressed, rate, kind
   Places that hold nothing are None: FIFOs have a fixed number of places, and what is
   pushed takes one whether it is of the document or not.
   """
+  names = ("query", "key", "value")
+  bare = {name: {"kernel": params[name]["kernel"]} for name in names}  # no biases
   recent, slots, now, outs = [None] * size, [None] * compressed, [], []
   reconstruction = 0.0
   for x, start in tokens:
@@ -117,8 +119,8 @@ def compressive(params, positions, tokens, segment, size, compressed, rate, kind
     if any(y is not None for y in new):
       gap = 0.0
       for y in own:  # Algorithm 2: content alone, one norm over all queries
-        wanted = attend(params, "none", y, [(z, 0) for z in left if z is not None])
-        given = attend(params, "none", y, [(z, 0) for z in new if z is not None])
+        wanted = attend(bare, "none", y, [(z, 0) for z in left if z is not None])
+        given = attend(bare, "none", y, [(z, 0) for z in new if z is not None])
         gap += ((given - wanted) ** 2).sum()
       reconstruction += np.sqrt(gap)
     slots = (slots + new)[len(new) :]

@@ -196,6 +196,16 @@ def test_keeps_the_newest_and_the_best(tmp_path, losses, best, kept):
     assert checkpoints.best_step() == best
 
 
+def test_losses_of_different_texts_are_not_compared(tmp_path):
+  state = {"w": jnp.zeros(3)}
+  with Checkpoints(tmp_path, keep=1) as checkpoints:
+    for step, (text, loss) in enumerate([("a", 1.0), ("b", 3.0), ("b", 2.0)], 1):
+      checkpoints.save(step, state, {"scored_on": text}, {"loss": loss})
+      assert checkpoints.best_step() == step
+  with Checkpoints(tmp_path, keep=1) as checkpoints:
+    assert checkpoints.best_step() == 3 and checkpoints.steps() == [3]
+
+
 def test_a_saved_step_is_not_saved_again(saved, grid):
   with Checkpoints(saved) as checkpoints:
     assert not checkpoints.save(2, make_state(grid, 5), {})

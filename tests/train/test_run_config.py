@@ -23,7 +23,7 @@ def begun(tmp_path):
 
 def test_nothing_is_pinned_before_the_first_checkpoint(tmp_path):
   write_config(tmp_path, CONFIG)
-  (tmp_path / "checkpoints").mkdir()
+  (tmp_path / "checkpoints" / "7.orbax-checkpoint-tmp").mkdir(parents=True)  # killed
   assert check_config(tmp_path, {**CONFIG, "seed": 1}) == {}
   (tmp_path / "config.json").write_text("{")
   assert check_config(tmp_path, CONFIG) == {}

@@ -139,3 +139,9 @@ def test_minus_one_is_the_rest():
   assert dict(sharding.make_mesh(-1, 2, 2, 1).shape) == {
     "data": 2, "fsdp": 2, "tensor": 2, "sequence": 1
   }  # fmt: skip
+
+
+def test_a_row_that_two_processes_share(monkeypatch):
+  monkeypatch.setattr(jax, "process_count", lambda: 2)
+  feed = Feed(mesh(1, 1, 8, 1), 1, 4)
+  assert (feed.shard, feed.shards) == (0, 1)  # both read the whole
