@@ -12,6 +12,8 @@ from typing import Any
 
 import jax
 
+from cached_tx.files import write_atomically
+
 # Keys, or sections, that do not change what the finished steps have computed.
 MAY_CHANGE = (
   "log_every",
@@ -100,16 +102,6 @@ def check_config(
       f" Only these may change within a workdir: {', '.join(ignore)}."
     )
   return allowed
-
-
-def write_atomically(path: Path, text: str):
-  """Replaces a file: a reader, or a crash, sees the old text or the new one."""
-  temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-  with open(temporary, "w") as file:
-    file.write(text)
-    file.flush()
-    os.fsync(file.fileno())
-  os.replace(temporary, path)
 
 
 def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
