@@ -104,6 +104,12 @@ def check_config(
   return allowed
 
 
+def lasting(config: Mapping[str, Any]) -> dict[str, Any]:
+  """The dotted keys that a model is bound to: all but `MAY_CHANGE`."""
+  flat = _flat(json.loads(json.dumps(config)))
+  return {key: value for key, value in flat.items() if not _covered(key, MAY_CHANGE)}
+
+
 def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
   flat = {}
   for key, value in config.items():
