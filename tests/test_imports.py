@@ -18,7 +18,7 @@ ORDER = (
   ("ops",),
   ("memory",),
   ("layers",),
-  ("models",),
+  ("models", "testing"),
   ("train",),
   ("baselines", "cli", "tables"),
   ("inspect", "load"),
