@@ -54,6 +54,7 @@ setup(
     "orbax-checkpoint>=0.12.8,<1",  # 1.0 will make another interface the default
     "protobuf>=6.31.1",  # older ones break tensorflow-metadata at import
     "rich>=13.7",
+    "safetensors>=0.8,<0.9",
     "tensorboardX>=2.6.4,<3",
     "tensorflow-datasets>=4.9.10,<5",
   ],

@@ -73,7 +73,7 @@ def _leave_others(error: Exception | None = None) -> None:
 def _parse(values: flags.FlagValues, argv: list[str]) -> None:
   """Raises ValueError in words that fit a command line."""
   try:
-    rest = values(argv)
+    rest = values([_spelled(word, values) for word in argv])
     if "config" in values and values.config is not None:
       dir(values.config.steps)  # a file that cannot be read raises only now
   except flags.UnrecognizedFlagError as error:
@@ -91,6 +91,13 @@ def _parse(values: flags.FlagValues, argv: list[str]) -> None:
     raise ValueError(f"--config cannot be read: {last}") from None
   if len(rest) > 1:
     raise ValueError(f"what is {rest[1]!r}? --help lists the flags")
+
+
+def _spelled(word: str, values: flags.FlagValues) -> str:
+  """--save-state is --save_state: a flag's name may have hyphens."""
+  name, equals, value = word.partition("=")
+  known = "--" + name[2:].replace("-", "_")
+  return known + equals + value if name[:2] == "--" and known[2:] in values else word
 
 
 def help_text(name: str, command: Command, values: flags.FlagValues) -> str:

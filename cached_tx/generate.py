@@ -1,7 +1,9 @@
 """Text from a model, token by token, in memory that does not grow."""
 
-from collections.abc import Iterable, Iterator, Sequence
+import os
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -9,15 +11,50 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from cached_tx.data import Tokenizer
+from cached_tx.data.tokenizers import WINDOW, decoded
 from cached_tx.layers import Stream
 from cached_tx.load import Loaded
+from cached_tx.memory import fork
 from cached_tx.models import DecoderLM
 from cached_tx.types import Segment, State
 
 CHUNK = 16  # tokens that one call of the device samples; changes speed, not results
 COLDEST = 1e-30  # temperature; logits divided by less could overflow float32
-_WINDOW = 8  # ids that are decoded together
+
+
+class Reached(NamedTuple):
+  """Where a text stands: all that `generate` needs to go on as if it had not ended.
+
+  Attributes:
+    state: after all tokens of the text but the last.
+    last: the last token of every row, which is not read yet.
+    drawn: how many tokens were sampled; the draws go on from there.
+  """
+
+  state: State
+  last: Int[np.ndarray, "B"]
+  drawn: int
+
+
+class Generation(Iterator[Any]):
+  """Ids as they are sampled.
+
+  Attributes:
+    reached: after the last id, where the text stands; None before.
+  """
+
+  def __init__(self, ids: Iterator[Any]):
+    """Takes the ids from a generator that returns what was reached."""
+    self._ids = ids
+    self.reached: Reached | None = None
+
+  def __next__(self) -> Any:
+    """The next id: an int, or an array with one for every row."""
+    try:
+      return next(self._ids)
+    except StopIteration as end:
+      self.reached = end.value if self.reached is None else self.reached
+      raise
 
 
 class _Carry(NamedTuple):
@@ -50,7 +87,8 @@ def generate(
   seed: int = 0,
   batch: int = 1,
   state: State | None = None,
-) -> Iterator[Any]:
+  after: Reached | None = None,
+) -> Generation:
   """Continues a prompt.
 
   The prompt's whole segments are read in parallel, the rest and what is sampled one
@@ -73,37 +111,49 @@ def generate(
     batch: B, rows.
     state: of the tokens before the prompt, from `initial_state`, `open_stream` or a
       call of the model; None: nothing came before. It stays valid.
+    after: of a former generation, in place of `state`: goes on as that one would have,
+      from a prompt that may be empty. It stays valid.
 
-  Yields:
-    Ids: an int where B is 1, otherwise an int32 array of B.
+  Returns:
+    An iterator over ids: an int where B is 1, otherwise an int32 array of B. When it
+    has ended, its `reached` tells where the text stands.
 
   Raises:
     ValueError: a number out of its range, or a prompt that does not fit.
   """
-  prompt = _checked(model, prompt_ids, batch, length, temperature, top_k, top_p)
+  prompt = _checked(model, prompt_ids, batch, length, temperature, top_k, top_p, after)
   if not -(2**31) <= seed < 2**31:
     raise ValueError(f"seed is {seed}; it must fit in 32 bits: -2**31 to 2**31 - 1")
+  if after is not None and state is not None:
+    raise ValueError("state and after cannot both be given: after has a state")
+  state, drawn = (state, 0) if after is None else (after.state, after.drawn)
   if state is None:
     state = model.initial_state(batch)
   state, rest = _read_segments(model, params, prompt, bos, state)
   carry = _Carry(
-    jax.tree.map(jnp.copy, model_stream(model, state, batch)),
+    fork(model_stream(model, state, batch)),
     jnp.zeros((batch,), jnp.int32),
-    jnp.asarray(1 - rest.shape[1], jnp.int32),
+    jnp.asarray(drawn + 1 - rest.shape[1], jnp.int32),
   )
   sampling = _Sampling(
     jnp.float32(temperature), jnp.int32(top_k), jnp.float32(top_p), jnp.int32(seed)
   )
   greedy, cut = temperature < COLDEST, bool(top_k) or top_p < 1
-  return _tokens(
-    partial(_chunk, model, greedy, cut, bos, params, sampling), carry, rest, length
-  )
+  step = partial(_chunk, model, greedy, cut, bos, params, sampling)
+  return Generation(_tokens(step, carry, rest, length, drawn))
 
 
 def _checked(
-  model: DecoderLM, ids: Any, batch: int, length: Any, temperature: Any, k: int, p: Any
+  model: DecoderLM,
+  ids: Any,
+  batch: int,
+  length: Any,
+  temperature: Any,
+  k: int,
+  p: Any,
+  after: Reached | None,
 ) -> np.ndarray:
-  """The prompt, B S, int32."""
+  """The prompt, B S, int32; first what was not read yet."""
   if batch < 1:
     raise ValueError(f"batch is {batch}; it must be 1 row or more")
   if length is not None and length < 0:
@@ -120,6 +170,11 @@ def _checked(
   prompt = np.asarray(ids)
   if prompt.ndim == 1:
     prompt = np.broadcast_to(prompt, (batch, len(prompt)))
+  if after is not None:
+    if after.last.shape != (batch,):
+      raise ValueError(f"batch is {batch}, but after has {len(after.last)} rows")
+    if prompt.ndim == 2 and len(prompt) == batch:
+      prompt = np.concatenate([after.last[:, None], prompt], axis=1)
   if prompt.ndim != 2 or len(prompt) != batch or not prompt.size:
     raise ValueError(
       f"the prompt has shape {np.shape(ids)}; it must be (S,) or ({batch}, S), and S "
@@ -162,13 +217,17 @@ def _read(model: DecoderLM, params: Any, ids: Any, starts: Any, state: State) ->
 
 
 def _tokens(
-  step: Any, carry: _Carry, rest: np.ndarray, length: int | None
-) -> Iterator[Any]:
-  """Yields samples, while the device computes the next chunk."""
+  step: Any, carry: _Carry, rest: np.ndarray, length: int | None, drawn: int
+) -> Generator[Any, None, Reached]:
+  """Yields samples, while the device computes the next chunk.
+
+  All tokens are read but the last one, which no sample needs.
+  """
   batch, left = rest.shape
   skip = left - 1  # outputs that are the prompt's own
   total = None if length is None else skip + length
   done = at = 0
+  last = rest[:, -1]
   pending: Any = None
   while total is None or done < total:
     ahead = None
@@ -176,13 +235,18 @@ def _tokens(
       forced = np.full((CHUNK, batch), -1, np.int32)
       piece = rest[:, at : at + CHUNK].T
       forced[: len(piece)] = piece
-      carry, ahead = step(carry, forced)
-      at += CHUNK
-    for sampled in () if pending is None else np.asarray(pending):
-      if done >= skip and (total is None or done < total):
+      count = CHUNK if total is None else min(CHUNK, total - at)
+      carry, outs = step(carry, forced, np.int32(count))
+      ahead = (outs, count)
+      at += count
+    outs, count = ((), 0) if pending is None else pending
+    for sampled in np.asarray(outs)[:count]:
+      if done >= skip:
+        last = sampled
         yield int(sampled[0]) if batch == 1 else sampled
       done += 1
     pending = ahead
+  return Reached(carry.state, last, drawn + done - skip)
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2, 3), donate_argnums=6)
@@ -195,20 +259,26 @@ def _chunk(
   sampling: _Sampling,
   carry: _Carry,
   forced: Int[Array, "n B"],
+  count: Int[Array, ""],
 ) -> tuple[_Carry, Int[Array, "n B"]]:
-  """Reads n tokens: the forced ones, and where those are -1, what was sampled."""
+  """Reads `count` tokens: the forced ones, and where those are -1, what was sampled.
 
-  def one(carry: _Carry, forced: Int[Array, "B"]) -> tuple[_Carry, Int[Array, "B"]]:
-    token = jnp.where(forced >= 0, forced, carry.sampled)[:, None]
+  Returns:
+    The carry, and what the logits after each token gave; -1 from `count` on.
+  """
+
+  def one(i: Array, both: tuple[_Carry, Array]) -> tuple[_Carry, Array]:
+    carry, outs = both
+    token = jnp.where(forced[i] >= 0, forced[i], carry.sampled)[:, None]
     out: Any = model.apply(
       {"params": params}, token, carry.state, Segment(token == bos)
     )
     logits, state, _ = out
     logits = logits[:, 0].at[:, bos].set(-jnp.inf)
     sampled = _sample(logits, carry.number, sampling, greedy, cut)
-    return _Carry(state, sampled, carry.number + 1), sampled
+    return _Carry(state, sampled, carry.number + 1), outs.at[i].set(sampled)
 
-  return jax.lax.scan(one, carry, forced)
+  return jax.lax.fori_loop(0, count, one, (carry, jnp.full_like(forced, -1)))
 
 
 def _sample(
@@ -237,57 +307,73 @@ def _sample(
   return jnp.take_along_axis(ids, place[:, None], axis=1)[:, 0].astype(jnp.int32)
 
 
-def decoded(
-  tokenizer: Tokenizer, ids: Iterable[int], before: Sequence[int] = ()
-) -> Iterator[bytes]:
-  """The text of ids as they come. A UTF-8 character may come in several pieces.
+def write(
+  own: Loaded,
+  prompt: bytes,
+  out: Any,
+  *,
+  tokens: int,
+  load_state: str | os.PathLike | None = None,
+  save_state: str | os.PathLike | None = None,
+  **options: Any,
+) -> int:
+  """Writes a continuation of a text, each token as soon as there is one.
 
-  Args:
-    tokenizer: of the ids.
-    ids: any; BOS has no text.
-    before: what precedes them (the last few are enough): SentencePiece decodes a
-      space only between pieces.
-  """
-  if tokenizer.name == "bytes":
-    for i in ids:
-      yield tokenizer.decode(np.array([i], np.int32))
-    return
-  recent = list(before)[-_WINDOW:]
-  shown = text = tokenizer.decode(np.array(recent, np.int32))
-  for i in ids:
-    recent.append(i)
-    text = tokenizer.decode(np.array(recent, np.int32))
-    if text.endswith("\ufffd".encode()) and len(recent) < 2 * _WINDOW:
-      continue  # bytes of a character that is not complete yet
-    yield text[len(shown) :]
-    recent = recent[-_WINDOW:]
-    shown = text = tokenizer.decode(np.array(recent, np.int32))
-  yield text[len(shown) :]  # of a character that was never completed
-
-
-def write(own: Loaded, prompt: bytes, out: Any, *, tokens: int, **options: Any) -> int:
-  """Writes a continuation of `prompt`, each token as soon as there is one.
+  A long document is read once, with `tokens=0` and `save_state`, and asked many times,
+  each time with `load_state` and a question as the prompt.
 
   Args:
     own: the model.
-    prompt: the document so far; may be empty.
+    prompt: the document so far; may be empty. With `load_state`, what follows it.
     out: a binary file; gets the raw bytes, flushed.
-    tokens: how many.
+    tokens: how many; 0 only reads.
+    load_state: a file that `save_state` made: goes on from there.
+    save_state: a file to write, where the text ends.
     options: as of `generate`.
 
   Returns:
     How many tokens were sampled.
-  """
-  ids = own.ids(prompt)[0]
-  bos, count = own.tokenizer.bos, 0
 
-  def sampled() -> Iterator[int]:
-    nonlocal count
-    for i in generate(own.model, own.params, ids, bos=bos, length=tokens, **options):
-      count += 1
+  Raises:
+    FileNotFoundError: no file to load, or no folder to save in.
+    ValueError: an option out of its range; a file that is damaged or of another model.
+  """
+  if save_state is not None and not Path(save_state).absolute().parent.is_dir():
+    raise FileNotFoundError(f"no folder for the state's file {os.fspath(save_state)}")
+  if load_state is None:
+    after, before, ids = None, [], own.ids(prompt)[0]
+  else:
+    after, before = _resumed(own, load_state)
+    ids = own.tokenizer.encode(prompt)
+  text = [*before, *ids.tolist()]
+  sampled: list[int] = []
+
+  def remembered(ids: Iterable[int]) -> Iterator[int]:
+    for i in ids:
+      sampled.append(i)
       yield i
 
-  for piece in decoded(own.tokenizer, sampled(), ids.tolist()):
+  bos = own.tokenizer.bos
+  found = generate(
+    own.model, own.params, ids, bos=bos, length=tokens, after=after, **options
+  )
+  for piece in decoded(own.tokenizer, remembered(found), text):
     out.write(piece)
     out.flush()
-  return count
+  if save_state is not None and found.reached is not None:
+    recent = [*text, *sampled][-WINDOW:]
+    meta = {"recent": recent, "drawn": found.reached.drawn}
+    own.save_state(save_state, found.reached.state, meta)
+  return len(sampled)
+
+
+def _resumed(own: Loaded, path: str | os.PathLike) -> tuple[Reached, list[int]]:
+  """Where a saved text stands, and its latest ids."""
+  state, meta = own.load_state(path)
+  if not {"recent", "drawn"} <= meta.keys():
+    raise ValueError(
+      f"{os.fspath(path)} holds a state alone, not where a text stands: save it with "
+      "`cached-tx generate --save_state`"
+    )
+  recent = meta["recent"]
+  return Reached(state, np.array(recent[-1:], np.int32), meta["drawn"]), recent

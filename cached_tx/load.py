@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Mapping
 from functools import partial
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -12,8 +13,10 @@ from jaxtyping import Int32, Integer
 from ml_collections import ConfigDict
 
 from cached_tx.data import Tokenizer
+from cached_tx.memory import load_state, save_state
 from cached_tx.models import DecoderLM
 from cached_tx.train.experiment import Experiment
+from cached_tx.train.run_config import lasting
 from cached_tx.train.sharding import one_device
 from cached_tx.types import Segment, State
 
@@ -56,6 +59,36 @@ class Loaded(NamedTuple):
     """
     return _apply(self.model, self.params, ids, ids == self.tokenizer.bos, state)
 
+  def save_state(
+    self,
+    path: str | os.PathLike,
+    state: State,
+    meta: Mapping[str, Any] | None = None,
+  ) -> None:
+    """Writes a state to one file that only this model reads, with these weights.
+
+    Arguments and errors as of `cached_tx.memory.save_state`.
+    """
+    bound = lasting(self.config.to_dict())
+    save_state(path, state, params=self.params, config=bound, meta=meta)
+
+  def load_state(
+    self, path: str | os.PathLike, like: State | None = None
+  ) -> tuple[State, dict[str, Any]]:
+    """Reads a state that `save_state` wrote, and its `meta`.
+
+    Args:
+      path: of the file.
+      like: of the same structure and rows; None: `self.state`.
+
+    Raises:
+      FileNotFoundError: no such file.
+      ValueError: the file is damaged, or of another model or number of rows.
+    """
+    bound = lasting(self.config.to_dict())
+    like = self.state if like is None else like
+    return load_state(path, like, params=self.params, config=bound)
+
 
 @partial(jax.jit, static_argnums=0)
 def _apply(model: DecoderLM, params: Any, ids: Any, starts: Any, state: State) -> tuple:
@@ -72,7 +105,9 @@ def load(workdir: str | os.PathLike, step: int | None = None, batch: int = 1) ->
       logits, state = own(own.ids(b"In the beginning"), own.state)
       logits, state = own(own.tokenizer.encode(b" God created")[None], state)
 
-  All memory is in `state`: the second call goes on where the first one ended.
+  All memory is in `state`: the second call goes on where the first one ended, and so
+  does one in another process, after `own.save_state(path, state)`, from
+  `own.load_state(path)`.
   `cached_tx.generate.generate` samples.
 
   Args:

@@ -127,7 +127,7 @@ def _define_generate(values: flags.FlagValues, argv: list[str]) -> None:
   _workdir(values)
   flags.DEFINE_string("prompt", None, "the document so far", **own)
   flags.DEFINE_string("prompt_file", None, "or a file that holds it", **own)
-  flags.DEFINE_integer("tokens", 300, "how many to sample", 0, **own)
+  flags.DEFINE_integer("tokens", 300, "how many to sample; 0 only reads", 0, **own)
   text = "divides the logits; 0 takes the most likely token"
   flags.DEFINE_float("temperature", 0.8, text, 0, **own)
   text = "sample from so many of the most likely tokens; 0: from all"
@@ -136,6 +136,10 @@ def _define_generate(values: flags.FlagValues, argv: list[str]) -> None:
   flags.DEFINE_float("top_p", 1.0, text, 0, 1, **own)
   text = "the same seed gives the same text"
   flags.DEFINE_integer("seed", 0, text, -(2**31), 2**31 - 1, **own)
+  text = "write what the model remembers at the end to a file, to go on from there"
+  flags.DEFINE_string("save_state", None, text, **own)
+  text = "go on from such a file, of the same model; the prompt follows its text"
+  flags.DEFINE_string("load_state", None, text, **own)
   _step(values)
 
 
@@ -158,6 +162,8 @@ def _generate(values: Any) -> None:
     top_k=values.top_k,
     top_p=values.top_p,
     seed=values.seed,
+    load_state=values.load_state,
+    save_state=values.save_state,
   )
   if sys.stdout.isatty():
     print()

@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from cached_tx import baselines
 from cached_tx.evaluate import measured, usable_mesh
+from cached_tx.files import write_atomically
 from cached_tx.generate import write
 from cached_tx.load import Loaded
 from cached_tx.tables import aligned
@@ -21,7 +22,6 @@ from cached_tx.train.experiment import Experiment
 from cached_tx.train.metrics import read_log
 from cached_tx.train.plots import loss_plot
 from cached_tx.train.processes import wait_for_others
-from cached_tx.train.run_config import write_atomically
 
 LARGEST = 20_000_000  # bytes of training text, up to which baselines are computed
 SAMPLE = 300  # tokens

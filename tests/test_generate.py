@@ -121,6 +121,47 @@ def test_a_state_goes_on_and_stays_valid():
   assert sample([4, 5], temperature=0, state=stream) == whole
 
 
+@pytest.mark.parametrize("kind", ["xl", "favor"])
+def test_a_text_goes_on_from_where_it_stood(kind):
+  own, prompt = toy(kind), [BOS, 3, 1, 4, 1, 5, 2]
+  want = sample(prompt, kind=kind, seed=4, length=21)
+  for cut in (0, 1, 16, 20):
+    first = generate(own.model, own.params, prompt, bos=BOS, length=cut, seed=4)
+    assert first.reached is None
+    got = list(first)
+    assert first.reached.drawn == cut
+    assert first.reached.last.tolist() == [*prompt, *got][-1:]
+    for _ in range(2):  # it stays valid
+      more = sample([], kind=kind, seed=4, length=21 - cut, after=first.reached)
+      assert got + more == want
+
+
+def test_a_question_after_a_text_that_was_read_once():
+  own, prompt = toy("compressive-conv"), [BOS, 3, 1, 4, 1, 5]
+  text = generate(own.model, own.params, prompt, bos=BOS, length=0)
+  assert list(text) == []
+  for question in ([2, 7], [1, 8, 2, 8]):
+    options = {"temperature": 0, "length": 6, "kind": "compressive-conv"}
+    want = sample(prompt + question, **options)
+    assert sample(question, after=text.reached, **options) == want
+
+
+def test_rows_go_on_as_well():
+  prompts, options = [[BOS, 1, 2], [BOS, 3, 3]], {"batch": 2, "bos": BOS, "seed": 2}
+  own = toy("xl")
+  want = np.stack(sample(prompts, batch=2, seed=2, length=7))
+  first = generate(own.model, own.params, prompts, length=3, **options)
+  got = [*first]
+  assert first.reached.last.tolist() == want[2].tolist()
+  options |= {"after": first.reached, "length": 4}
+  got += generate(own.model, own.params, [], **options)
+  np.testing.assert_array_equal(got, want)
+  with pytest.raises(ValueError, match="batch is 1, but after has 2 rows"):
+    generate(own.model, own.params, [], **(options | {"batch": 1}))
+  with pytest.raises(ValueError, match="state and after cannot both be given"):
+    generate(own.model, own.params, [], state=first.reached.state, **options)
+
+
 @pytest.mark.parametrize(
   "options,named",
   [

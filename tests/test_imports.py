@@ -14,11 +14,11 @@ PACKAGE = ROOT / "cached_tx"
 
 # A unit may import itself and any unit to its left.
 ORDER = (
-  ("types",),
+  ("files", "types"),
   ("ops",),
   ("memory",),
   ("layers",),
-  ("models",),
+  ("models", "testing"),
   ("train",),
   ("baselines", "cli", "tables"),
   ("inspect", "load"),

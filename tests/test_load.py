@@ -61,6 +61,24 @@ def test_the_lines_of_the_docstring_run(monkeypatch, tmp_path):
   assert names["logits"].shape == (1, 12, 257)  # of the second call
 
 
+def test_a_state_is_bound_to_the_model_that_made_it(tmp_path):
+  own = load(workdir())
+  _, state = own(own.ids(b"In the beginning"), own.state)
+  own.save_state(tmp_path / "state", state, {"read": 17})
+  back, meta = load(workdir()).load_state(tmp_path / "state")
+  chex.assert_trees_all_equal(back, state)
+  assert meta == {"read": 17}
+  with pytest.raises(ValueError, match="belongs to a model of other weights"):
+    load(workdir(), step=2).load_state(tmp_path / "state")
+  other = own.config.copy_and_resolve_references().unlock()
+  other.memory.size, other.log_every = 4, 99
+  with pytest.raises(ValueError, match=r"memory\.size: saved with 8, given 4") as found:
+    own._replace(config=other).load_state(tmp_path / "state")
+  assert "log_every" not in str(found.value)  # it changes nothing that was computed
+  with pytest.raises(ValueError, match="another number of rows"):
+    load(workdir(), batch=2).load_state(tmp_path / "state")
+
+
 def test_what_is_not_there(tmp_path):
   with pytest.raises(FileNotFoundError, match=r"config\.json"):
     load(tmp_path)

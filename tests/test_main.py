@@ -71,6 +71,7 @@ def test_help_of_a_command(command, name):
     ("generate --workdri=/nowhere", "Did you mean: workdir"),
     ("generate --workdir=x --prompt=a --prompt_file=b", "cannot both be given"),
     ("generate --workdir=x --prompt_file=/nowhere", "No such file"),
+    ("generate --workdir=x --save-state=/nowhere/s", "x has no config.json"),
     ("generate --top_p=3", "3.0 is not a number in the range"),
     ("generate --tokens=many", "'many'"),
     ("evaluate --workdir=x --split=exam", "exam"),
@@ -99,6 +100,35 @@ def test_generate(command, tmp_path):
   assert (status, err) == (0, "") and text
   assert command(*own, f"--prompt_file={tmp_path / 'prompt'}", "--seed=1")[1] == text
   assert command(*own, "--prompt=In the", "--seed=2")[1] != text
+
+
+def test_a_document_is_read_once_and_asked_often(command, tmp_path):
+  own = ["generate", f"--workdir={workdir()}", "--seed=5"]
+  saved = tmp_path / "document"
+  _, whole, _ = command(*own, "--prompt=In the", "--tokens=24")
+  assert command(*own, "--prompt=In the", "--tokens=0", f"--save-state={saved}") == (
+    *(0, "", ""),
+  )
+  for _ in range(2):
+    assert command(*own, f"--load-state={saved}", "--tokens=24")[1] == whole
+  later = tmp_path / "later"
+  start = command(*own, f"--load_state={saved}", "--tokens=9", f"--save_state={later}")
+  end = command(*own, f"--load_state={later}", "--tokens=15")
+  assert start[1] + end[1] == whole
+  _, asked, _ = command(*own, "--prompt=In the beginning", "--tokens=24")
+  got = command(*own, f"--load_state={saved}", "--prompt= beginning", "--tokens=24")
+  assert got[1] == asked
+  status, out, err = command(*own, f"--load-state={saved}", "--step=2")
+  assert (status, out) == (1, "") and "other weights" in err
+  status, _, err = command(*own, "--tokens=0", f"--save-state={tmp_path}/no/state")
+  assert status == 1 and "no folder" in err
+  with saved.open("r+b") as file:
+    file.seek(-1, 2)
+    byte = file.read(1)[0]
+    file.seek(-1, 2)
+    file.write(bytes([byte ^ 1]))
+  status, _, err = command(*own, f"--load-state={saved}")
+  assert status == 1 and "changed since it was written" in err
 
 
 def test_evaluate(command, tmp_path):

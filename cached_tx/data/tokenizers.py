@@ -6,7 +6,7 @@ BOS begins every document, is never the result of encoding, and is never predict
 import hashlib
 import tempfile
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -17,6 +17,8 @@ from cached_tx.data.sources.base import Documents
 
 Ids = Integer[np.ndarray, "S"]  # S ids, any integer dtype
 Encoded = Int32[np.ndarray, "S"]
+
+WINDOW = 8  # ids that are decoded together
 
 
 @runtime_checkable
@@ -182,3 +184,31 @@ def make_tokenizer(
   if name not in TOKENIZERS:
     raise ValueError(f"data.tokenizer={name!r} is unknown: {', '.join(TOKENIZERS)}")
   return TOKENIZERS[name](vocab, corpus)
+
+
+def decoded(
+  tokenizer: Tokenizer, ids: Iterable[int], before: Sequence[int] = ()
+) -> Iterator[bytes]:
+  """The text of ids as they come. A UTF-8 character may come in several pieces.
+
+  Args:
+    tokenizer: of the ids.
+    ids: any; BOS has no text.
+    before: what precedes them (the last few are enough): SentencePiece decodes a
+      space only between pieces.
+  """
+  if tokenizer.name == "bytes":
+    for i in ids:
+      yield tokenizer.decode(np.array([i], np.int32))
+    return
+  recent = list(before)[-WINDOW:]
+  shown = text = tokenizer.decode(np.array(recent, np.int32))
+  for i in ids:
+    recent.append(i)
+    text = tokenizer.decode(np.array(recent, np.int32))
+    if text.endswith("\ufffd".encode()) and len(recent) < 2 * WINDOW:
+      continue  # bytes of a character that is not complete yet
+    yield text[len(shown) :]
+    recent = recent[-WINDOW:]
+    shown = text = tokenizer.decode(np.array(recent, np.int32))
+  yield text[len(shown) :]  # of a character that was never completed

@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from cached_tx.memory import cleared
 from cached_tx.types import DType, Hidden, Index, Losses, Segment, State
 
 
@@ -30,6 +31,14 @@ class Stream(NamedTuple):
   tokens: Float[Array, "B C D"]  # the layer's inputs since the clock last struck
   starts: Bool[Array, "B C"]
   phase: Index  # how many of them there are, below C; int32
+
+  def cleared(self) -> "Stream":
+    """The stream with 0 at the places that hold nothing, whatever stands there."""
+    C = self.starts.shape[-1]
+    places = jnp.arange(C, dtype=jnp.int32).reshape((1,) * self.phase.ndim + (C,))
+    taken = places < self.phase[..., None]
+    tokens = jnp.where(taken[..., None], self.tokens, 0)
+    return Stream(cleared(self.memory), tokens, self.starts & taken, self.phase)
 
 
 @runtime_checkable
@@ -77,6 +86,7 @@ def run(
   Raises:
     ValueError: if a boundary state gets anything but one whole segment of real tokens.
   """
+  state = cleared(state)
   if isinstance(state, Stream):
     return _run_stream(module, x, state, segment, deterministic)
   if segment.valid is not None or x.shape[1] != module.segment:

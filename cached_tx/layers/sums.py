@@ -9,7 +9,7 @@ from jaxtyping import Array, Int
 
 from cached_tx.layers.base import MemoryAttention
 from cached_tx.layers.projections import ToHeads
-from cached_tx.memory import FavorState
+from cached_tx.memory import FavorState, cleared
 from cached_tx.ops.favor import favor_attention
 from cached_tx.ops.positions import rotate
 from cached_tx.types import Heads, Hidden, Index, Losses, Segment
@@ -69,6 +69,7 @@ class SumsAttention(MemoryAttention):
   ) -> tuple[Heads, FavorState, Losses]:
     """Attends; returns heads before the output projection."""
     del deterministic
+    state = cleared(state)
     if segment.valid is not None:
       x = jnp.where(segment.valid[..., None], x, 0)
     draw = self.draw(0) if draw is None else draw

@@ -1,4 +1,8 @@
-"""Memories, by kind. A new one is one file of this folder and one line here."""
+"""Memories, by kind. A new one is one file of this folder and one line here.
+
+States are values: `save_state` and `load_state` (one file), `fork`, `Snapshots` (go
+back), `pick_rows` and `stack_rows` (other batches).
+"""
 
 import dataclasses
 from typing import Any
@@ -8,12 +12,22 @@ from cached_tx.memory.base import (
   Replaced,
   Slots,
   Update,
+  cleared,
   partitioned,
 )
 from cached_tx.memory.compressive import CompressiveMemory, CompressiveState
 from cached_tx.memory.favor import FavorMemory, FavorState
 from cached_tx.memory.grc import GRCMemory, GRCState
 from cached_tx.memory.none import NoMemory, NoState
+from cached_tx.memory.saved import load_state, save_state
+from cached_tx.memory.values import (
+  Snapshots,
+  fork,
+  pick_rows,
+  row_axis,
+  row_count,
+  stack_rows,
+)
 from cached_tx.memory.xl import XLMemory, XLState
 
 KINDS: dict[str, type[MemoryModule]] = {
@@ -58,9 +72,18 @@ __all__ = [
   "NoState",
   "Replaced",
   "Slots",
+  "Snapshots",
   "Update",
   "XLMemory",
   "XLState",
   "build_memory",
+  "cleared",
+  "fork",
+  "load_state",
   "partitioned",
+  "pick_rows",
+  "row_axis",
+  "row_count",
+  "save_state",
+  "stack_rows",
 ]

@@ -3,6 +3,7 @@
 from typing import Any, ClassVar, NamedTuple
 
 import flax.linen as nn
+import jax
 from jaxtyping import Array
 
 from cached_tx.types import DType, Losses, Memory, SlotMask, State
@@ -44,6 +45,17 @@ class Update(NamedTuple):
   state: State
   losses: Losses = {}  # noqa: RUF012 - never written to
   replaced: Replaced | None = None
+
+
+def cleared(state: State) -> State:
+  """The state with 0 in every place that holds nothing, whatever stands there.
+
+  Layers begin with it: 0 x NaN is NaN, so masking a product is not enough. Types of
+  states that have such places say which by a method `cleared` of their own.
+  """
+  speaks = lambda part: hasattr(part, "cleared")
+  own = lambda part: part.cleared() if speaks(part) else part
+  return jax.tree.map(own, state, is_leaf=speaks)
 
 
 def partitioned(init: Any, *names: str | None) -> Any:

@@ -18,6 +18,10 @@ class GRCState(NamedTuple):
   cache: Memory  # float32 or wider: small gate steps vanish in bfloat16
   filled: Bool[Array, "B"]  # False until the row's document has left something
 
+  def cleared(self) -> "GRCState":
+    """The cache with 0 in rows that are not filled, whatever stands there."""
+    return GRCState(jnp.where(self.filled[..., None, None], self.cache, 0), self.filled)
+
 
 class GRCMemory(MemoryModule):
   """Folds the last document of each segment into M slots (equations 4 and 5).

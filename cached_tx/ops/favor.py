@@ -38,6 +38,15 @@ class PrefixSums(NamedTuple):
   keys: Float[Array, "B H R"]
   top: Float[Array, "B H"]
 
+  def cleared(self) -> "PrefixSums":
+    """The sums with 0 where no key was summed, whatever stands there."""
+    some = self.top > EMPTY
+    return PrefixSums(
+      jnp.where(some[..., None, None], self.values, 0),
+      jnp.where(some[..., None], self.keys, 0),
+      self.top,
+    )
+
 
 def no_sums(
   batch: int, heads: int, features: int, width: int, dtype: DType = jnp.float32

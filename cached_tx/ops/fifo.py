@@ -14,6 +14,10 @@ class Fifo(NamedTuple):
   tokens: Memory  # 0 where not valid
   valid: SlotMask
 
+  def cleared(self) -> "Fifo":
+    """The queue with 0 at the places that are not taken, whatever stands there."""
+    return Fifo(jnp.where(self.valid[..., None], self.tokens, 0), self.valid)
+
 
 def empty(batch: int, size: int, width: int, dtype: DType) -> Fifo:
   """A queue of M = `size` places, none of them taken."""

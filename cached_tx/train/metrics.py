@@ -24,8 +24,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from cached_tx.files import write_atomically
 from cached_tx.train.progress import Progress
-from cached_tx.train.run_config import write_atomically
 
 _log = logging.getLogger(__name__)
 

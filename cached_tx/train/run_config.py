@@ -12,6 +12,8 @@ from typing import Any
 
 import jax
 
+from cached_tx.files import write_atomically
+
 # Keys, or sections, that do not change what the finished steps have computed.
 MAY_CHANGE = (
   "log_every",
@@ -103,14 +105,10 @@ def check_config(
   return allowed
 
 
-def write_atomically(path: Path, text: str):
-  """Replaces a file: a reader, or a crash, sees the old text or the new one."""
-  temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-  with open(temporary, "w") as file:
-    file.write(text)
-    file.flush()
-    os.fsync(file.fileno())
-  os.replace(temporary, path)
+def lasting(config: Mapping[str, Any]) -> dict[str, Any]:
+  """The dotted keys that a model is bound to: all but `MAY_CHANGE`."""
+  flat = _flat(json.loads(json.dumps(config)))
+  return {key: value for key, value in flat.items() if not _covered(key, MAY_CHANGE)}
 
 
 def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

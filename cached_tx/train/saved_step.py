@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from cached_tx.train.fingerprint import describe, fingerprints, is_key, named_leaves
+from cached_tx.ops.fingerprint import describe, fingerprints, is_key, named_leaves
 
 _FORMAT = 1  # of the JSON item
 

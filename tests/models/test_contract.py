@@ -29,6 +29,8 @@ from tests.kinds import (
 )
 
 PIECES = (1, 3, 5)  # none but 1 divides the segment of 4
+MORE = (1, 2, 3, 4, 5, 7, 11)  # each is compiled: for `make prove` only
+PLACES = 15  # of a row with holes, T of them real
 
 
 def typed(tree):
@@ -68,12 +70,12 @@ def check_types(kind, dtype):
 
 
 @st.composite
-def cuts(draw):
-  """Lengths of calls that together bring T tokens."""
+def cuts(draw, total=T, sizes=PIECES):
+  """Lengths of calls that together bring `total` tokens."""
   pieces = []
-  while sum(pieces) < T:
-    left = T - sum(pieces)
-    pieces.append(draw(st.sampled_from([p for p in PIECES if p <= left])))
+  while sum(pieces) < total:
+    left = total - sum(pieces)
+    pieces.append(draw(st.sampled_from([p for p in sizes if p <= left])))
   return pieces
 
 
@@ -110,8 +112,8 @@ def test_any_cutting_of_any_stream(kind, pieces, seed):
 
 @pytest.mark.prove
 @EACH
-@settings(max_examples=300)
-@given(pieces=cuts(), seed=st.integers(0, 2**31))
+@settings(max_examples=500)
+@given(pieces=cuts(sizes=MORE), seed=st.integers(0, 2**31))
 def test_any_cutting_of_very_many_streams(kind, pieces, seed):
   check_cut(kind, "float64", 1e-13, pieces, seed)
 
@@ -126,7 +128,7 @@ def test_favor_alone_takes_any_number_of_tokens():
     assert_close(after, state, 1e-13)
 
 
-def holes(seed, length=15):
+def holes(seed, length=PLACES):
   """Rows of T real tokens in `length` places: gaps, then left and right padding."""
   rng = np.random.default_rng(seed)
   valid = np.zeros((B, length), bool)
@@ -140,6 +142,18 @@ def holes(seed, length=15):
 @EACH
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_a_padded_token_does_not_exist(kind, seed):
+  check_holes(kind, [5, 5, 5], seed)
+
+
+@pytest.mark.prove
+@EACH
+@settings(max_examples=500)
+@given(pieces=cuts(PLACES, MORE), seed=st.integers(0, 2**31))
+def test_padded_tokens_of_very_many_streams(kind, pieces, seed):
+  check_holes(kind, pieces, seed)
+
+
+def check_holes(kind, pieces, seed):
   tokens, starts = text(seed + 10)
   valid = holes(seed)
   rng = np.random.default_rng(seed)
@@ -150,7 +164,7 @@ def test_a_padded_token_does_not_exist(kind, seed):
   with precision("float64"):
     own = toy(kind, "float64")
     want, state, losses = parallel(own, tokens, starts)
-    got, stream, sums = streamed(own, spread, begun, [5, 5, 5], valid)
+    got, stream, sums = streamed(own, spread, begun, pieces, valid)
     assert_close(got[valid].reshape(want.shape), np.asarray(want), 1e-13)
     assert_close(boundary(stream), state, 1e-13)
     assert_close(sums, jax.tree.map(np.asarray, losses), 1e-13)

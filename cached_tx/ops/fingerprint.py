@@ -31,7 +31,7 @@ def named_leaves(tree: Any) -> dict[str, Any]:
     if name in leaves:
       raise ValueError(
         f"two arrays of the state have the path {name!r}: rename one, the paths"
-        " are the names in the checkpoint"
+        " are their names in files"
       )
     leaves[name] = leaf
   return leaves

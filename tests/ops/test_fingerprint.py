@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from cached_tx.train.fingerprint import describe, fingerprints, named_leaves
+from cached_tx.ops.fingerprint import describe, fingerprints, named_leaves
 
 DTYPES = [
   *("int4", "uint2", "int8", "uint16", "int32", "bool", "float8_e5m2", "float16"),
