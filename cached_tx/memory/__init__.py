@@ -3,13 +3,18 @@
 from typing import Any
 
 from cached_tx.memory.base import (
+  Comparison,
   MemoryModule,
   Replaced,
   Slots,
   Update,
   partitioned,
 )
-from cached_tx.memory.compressive import CompressiveMemory, CompressiveState
+from cached_tx.memory.compressive import (
+  CompressiveMemory,
+  CompressiveState,
+  UsedState,
+)
 from cached_tx.memory.favor import FavorMemory, FavorState
 from cached_tx.memory.grc import GRCMemory, GRCState
 from cached_tx.memory.none import NoMemory, NoState
@@ -45,6 +50,7 @@ def build_memory(kind: str, **options: Any) -> MemoryModule:
 
 __all__ = [
   "KINDS",
+  "Comparison",
   "CompressiveMemory",
   "CompressiveState",
   "FavorMemory",
@@ -57,6 +63,7 @@ __all__ = [
   "Replaced",
   "Slots",
   "Update",
+  "UsedState",
   "XLMemory",
   "XLState",
   "build_memory",

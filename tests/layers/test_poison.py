@@ -10,11 +10,13 @@ from cached_tx.layers import attention_for
 from cached_tx.types import Segment
 from tests.kinds import MEMORIES, B, C, D, jit
 
+KINDS = ("none", "xl-relative", "compressive-conv", "compressive-used")
+KINDS += ("compressive-dilated", "grc", "favor")
 LAYERS = {
   f"{kind}-{i}": (memory, own.positions)
   for kind, own in MEMORIES.items()
   for i, memory in enumerate(own.memories)
-  if kind in ("none", "xl-relative", "compressive-conv", "grc", "favor")
+  if kind in KINDS
 }
 EACH = pytest.mark.parametrize("memory,positions", LAYERS.values(), ids=LAYERS)
 
