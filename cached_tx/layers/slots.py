@@ -161,8 +161,8 @@ class SlotAttention(MemoryAttention):
     """
     terms = self._terms(tokens, None, tokens, starts, memory)
     q, k, _, mask, scores = jax.lax.stop_gradient(terms)
-    ones = jnp.ones((*k.shape[:3], 1), jnp.promote_types(k.dtype, jnp.float32))
+    ones = jnp.ones(k.shape, jnp.promote_types(k.dtype, jnp.float32))
     attend = lambda v: softmax_attention(q, k, v, mask, scores)
     out, transpose = jax.vjp(attend, ones)
-    (weights,) = transpose(jnp.ones_like(out))  # B S H 1
-    return weights.sum(axis=(2, 3)) / (q.shape[1] * q.shape[2])
+    (weights,) = transpose(jnp.ones_like(out))  # B S H K, summed over queries
+    return weights.mean(axis=(2, 3)) / q.shape[1]

@@ -51,7 +51,7 @@ class Dilated(nn.Module):
   dtype: DType = jnp.float32
 
   @nn.compact
-  def __call__(self, x: Hidden, frozen: bool) -> Hidden:
+  def __call__(self, x: Hidden, frozen: bool) -> Float[Array, "B L1 D"]:
     """Returns the outputs. `frozen` as of `Compressor`."""
     kernel = _kernel(self, (0.0, 1.0), x.shape[-1], frozen)
     kernel = kernel.astype(jnp.promote_types(self.dtype, x.dtype))
