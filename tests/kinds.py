@@ -52,6 +52,17 @@ MEMORIES = {
   "compressive-mean": Kind((CompressiveMemory(3, 3, 2, "mean", "none"),)),
   "compressive-conv": Kind((CompressiveMemory(5, 3, 2, "conv", "attention"),)),
   "compressive-bptt": Kind((CompressiveMemory(4, 5, 4, "conv", "none"),), "relative"),
+  "compressive-used": Kind(
+    (CompressiveMemory(5, 3, 2, "most_used", "none", usage="life"),)
+  ),
+  "compressive-dilated": Kind(
+    (
+      CompressiveMemory(
+        5, 3, 2, "dilated", "autoencoding", dilations=(1,), tables="two"
+      ),
+    ),
+    "relative",
+  ),
   "grc": Kind((GRCMemory(3, 0.5),)),
   "favor": Kind((FavorMemory(features=8, chunk=3),)),
   "xl+favor": Kind((XLMemory(3), FavorMemory(features=8, chunk=128)), "none"),

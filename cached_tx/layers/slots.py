@@ -8,13 +8,15 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from cached_tx.layers import clock
+from cached_tx.layers.apart import ApartPositions
 from cached_tx.layers.base import MemoryAttention
 from cached_tx.layers.projections import ToHeads
-from cached_tx.memory import Replaced, partitioned
+from cached_tx.layers.reconstruction import reconstruction_loss
+from cached_tx.memory import partitioned
 from cached_tx.ops.attention import softmax_attention
 from cached_tx.ops.documents import causal_mask, document_ids
 from cached_tx.ops.positions import by_key, rotate, sinusoids
-from cached_tx.types import Heads, Hidden, Losses, Mask, PerRow, Segment, State
+from cached_tx.types import Heads, Hidden, Losses, Segment, State
 
 Place = Int[Array, "#B Q"]
 
@@ -27,6 +29,16 @@ class SlotAttention(MemoryAttention):
   have biases (measured on the bundled text: 0.25 bits per byte better after 100,000
   tokens); with relative ones, u and v are the biases.
   """
+
+  @nn.nowrap
+  def check(self) -> None:
+    """Raises ValueError, naming the config key, where the settings do not fit."""
+    super().check()
+    if self.memory.apart and self.positions != "relative":
+      raise ValueError(
+        "memory.tables is 'two', tables of relative positions, but model.positions is "
+        f"{self.positions!r}: set memory.tables to one, or model.positions to relative"
+      )
 
   def setup(self) -> None:
     """Makes the projections."""
@@ -41,6 +53,8 @@ class SlotAttention(MemoryAttention):
       init = partitioned(nn.initializers.zeros, "heads", "head_width")
       self.content_bias = self.param("content_bias", init, heads, jnp.float32)  # u
       self.distance_bias = self.param("distance_bias", init, heads, jnp.float32)  # v
+    if self.memory.apart:
+      self.apart = ApartPositions(self.memory.apart, self.segment, *heads, self.dtype)
 
   @nn.nowrap
   def mix(
@@ -60,6 +74,21 @@ class SlotAttention(MemoryAttention):
     deterministic: bool,
   ) -> Heads:
     """Attends from the queries to the slots and to the tokens up to their own."""
+    drop = None
+    if self.dropout and not deterministic:
+      drop = lambda p: self.drop(p, deterministic=False)
+    terms = self._terms(queries, index, tokens, starts, memory)
+    return softmax_attention(*terms, drop)
+
+  def _terms(
+    self,
+    queries: Hidden,
+    index: Place | None,
+    tokens: Float[Array, "B C D"],
+    starts: Bool[Array, "B C"],
+    memory: State,
+  ) -> tuple[Any, ...]:
+    """What attention is of: queries, keys, values, a mask, terms of position."""
     slots = self.memory.slots(memory)
     documents = document_ids(starts)
     if index is None:
@@ -81,21 +110,27 @@ class SlotAttention(MemoryAttention):
       k = rotate(k, jnp.arange(k.shape[1], dtype=jnp.int32)[None])
     scores = None
     if self.positions == "relative":
-      scores = self._by_distance(q, M + index, k.shape[1])
+      far = self.memory.apart
+      scores = self._by_distance(q, M - far + index, k.shape[1] - far)
+      if far:
+        apart = self.apart(q, index, self.width)
+        scores = jnp.concatenate([apart, scores], axis=3)
       q = q + (self.content_bias * self.head_width**-0.5).astype(q.dtype)[None, None]
-    drop = None
-    if self.dropout and not deterministic:
-      drop = lambda p: self.drop(p, deterministic=False)
-    return softmax_attention(q, k, v, mask, scores, drop)
+    return q, k, v, mask, scores
 
   def fold(
     self, tokens: Float[Array, "B C D"], starts: Bool[Array, "B C"], memory: State
   ) -> tuple[State, Losses]:
     """The memory after the segment, and the losses of what it replaced."""
-    update = self.memory(tokens, starts, memory)
+    watched: tuple[Any, ...] = ()
+    if self.memory.watches:
+      watched = (self.received(tokens, starts, memory),)
+    update = self.memory(tokens, starts, memory, *watched)
     losses = dict(update.losses)
     if update.replaced is not None:
-      losses["reconstruction"] = self._reconstruction(tokens, starts, update.replaced)
+      losses["reconstruction"] = reconstruction_loss(
+        self.query, self.key, self.value, tokens, starts, update.replaced
+      )
     return update.state, losses
 
   def _by_distance(
@@ -115,26 +150,19 @@ class SlotAttention(MemoryAttention):
     column = jnp.broadcast_to(column, scores.shape)
     return jnp.take_along_axis(scores, column, axis=3)
 
-  def _reconstruction(self, tokens: Hidden, starts: Mask, replaced: Replaced) -> PerRow:
-    """How far attention over the slots is from attention over what they replaced.
+  def received(
+    self, tokens: Float[Array, "B C D"], starts: Bool[Array, "B C"], memory: State
+  ) -> Float[Array, "B S"]:
+    """Weights, without dropout, of every slot and token: mean of heads and queries.
 
-    Algorithm 2 of Rae et al., 2019: content alone, no positions; the norm of the
-    difference over all queries of the document and all heads. Gradients reach the
-    new slots only. Differs from the paper's print, which writes no 1 / sqrt(K): the
-    layer attends with that factor, and so does this.
+    Attention is linear in the values; its transpose says what each of them gave. It
+    is asked of the whole segment at once, so that no cutting into calls changes it.
+    No gradient flows.
     """
-    queries = jax.lax.stop_gradient(tokens)
-    q = self.query(queries, frozen=True) * self.head_width**-0.5
-    attend = lambda slots: softmax_attention(
-      q,
-      self.key(slots.values, frozen=True),
-      self.value(slots.values, frozen=True),
-      slots.valid[:, None],
-    )
-    wanted = jax.lax.stop_gradient(attend(replaced.old))
-    gap = attend(replaced.new) - wanted
-    gap = gap.astype(jnp.promote_types(gap.dtype, jnp.float32))
-    documents = document_ids(starts)
-    own = (documents == documents[:, -1:]) & replaced.new.valid.any(axis=1)[:, None]
-    square = jnp.where(own[..., None, None], gap * gap, 0).sum(axis=(1, 2, 3))
-    return jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1)), 0)
+    terms = self._terms(tokens, None, tokens, starts, memory)
+    q, k, _, mask, scores = jax.lax.stop_gradient(terms)
+    ones = jnp.ones(k.shape, jnp.promote_types(k.dtype, jnp.float32))
+    attend = lambda v: softmax_attention(q, k, v, mask, scores)
+    out, transpose = jax.vjp(attend, ones)
+    (weights,) = transpose(jnp.ones_like(out))  # B S H K, summed over queries
+    return weights.mean(axis=(2, 3)) / q.shape[1]

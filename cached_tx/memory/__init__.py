@@ -8,6 +8,7 @@ import dataclasses
 from typing import Any
 
 from cached_tx.memory.base import (
+  Comparison,
   MemoryModule,
   Replaced,
   Slots,
@@ -15,7 +16,11 @@ from cached_tx.memory.base import (
   cleared,
   partitioned,
 )
-from cached_tx.memory.compressive import CompressiveMemory, CompressiveState
+from cached_tx.memory.compressive import (
+  CompressiveMemory,
+  CompressiveState,
+  UsedState,
+)
 from cached_tx.memory.favor import FavorMemory, FavorState
 from cached_tx.memory.grc import GRCMemory, GRCState
 from cached_tx.memory.none import NoMemory, NoState
@@ -61,6 +66,7 @@ def build_memory(kind: str, **options: Any) -> MemoryModule:
 
 __all__ = [
   "KINDS",
+  "Comparison",
   "CompressiveMemory",
   "CompressiveState",
   "FavorMemory",
@@ -74,6 +80,7 @@ __all__ = [
   "Slots",
   "Snapshots",
   "Update",
+  "UsedState",
   "XLMemory",
   "XLState",
   "build_memory",

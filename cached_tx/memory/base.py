@@ -22,15 +22,32 @@ class Slots(NamedTuple):
   valid: SlotMask
 
 
+class Comparison(NamedTuple):
+  """How attention over two sets of slots is compared.
+
+  Attributes:
+    norm: of the difference; as of `size_of_gap`.
+    scaled: whether the products of queries and keys are scaled by K ** -0.5.
+    first: place in the segment of the first query that is asked.
+    weight: factor of the loss.
+  """
+
+  norm: str = "l2"
+  scaled: bool = True
+  first: int = 0
+  weight: float = 1.0
+
+
 class Replaced(NamedTuple):
   """Tokens that left a memory, and the slots that took their place.
 
-  Each slot stands for len(old) / len(new) neighbouring tokens and is valid only
-  where all of them were. `new` carries gradients to the compressor alone.
+  A slot is valid only where all tokens that it is made of were. `new` carries
+  gradients to the compressor alone.
   """
 
   old: Slots
   new: Slots
+  how: Comparison = Comparison()
 
 
 class Update(NamedTuple):
@@ -95,6 +112,16 @@ class MemoryModule(nn.Module):
   def reconstructs(self) -> bool:
     """Whether the attention layer adds a reconstruction loss for what was replaced."""
     return False
+
+  @property
+  def watches(self) -> bool:
+    """Whether an update needs the attention that each key received from the segment."""
+    return False
+
+  @property
+  def apart(self) -> int:
+    """How many of the first slots have relative positions of their own."""
+    return 0
 
   @nn.nowrap
   def check(self, segment: int, width: int, heads: int) -> None:

@@ -11,6 +11,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from cached_tx.train.accumulation import stages
+
 TOP = (
   "seed",  # of parameters, dropout and the order of documents
   "steps",
@@ -65,17 +67,12 @@ def _check_ranges(config: Mapping[str, Any]) -> None:
     ("optimizer.ema", 0 <= own["ema"] < 1, "at least 0 (off) and below 1"),
     ("optimizer.peak", own["peak"] > 0, "above 0"),
     ("optimizer.muon", own["muon"] >= 0, "0 (AdamW alone) or more"),
-    ("optimizer.accumulate", own["accumulate"] >= 1, "1 step or more"),
   )
   for key, holds, rule in rules:
     if not holds:
       section, name = key.split(".")
       raise ValueError(f"{key} is {config[section][name]}; it must be {rule}")
-  if config["steps"] % own["accumulate"]:
-    raise ValueError(
-      f"optimizer.accumulate is {own['accumulate']}, which does not divide steps = "
-      f"{config['steps']}: the last gradients would be dropped"
-    )
+  stages(own["accumulate"], config["steps"])
 
 
 def _check_keys(prefix: str, given: Mapping[str, Any], wanted: tuple[str, ...]) -> None:

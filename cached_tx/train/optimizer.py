@@ -6,8 +6,11 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import optax.contrib
+
+from cached_tx.train.accumulation import Accumulate, Stage, stages
 
 AUXILIARY = "auxiliary"
 MAIN = "main"
@@ -80,7 +83,7 @@ def make_optimizer(
   b1: float,
   b2: float,
   clip: float,
-  accumulate: int,
+  accumulate: Accumulate,
 ) -> optax.GradientTransformation:
   """The optimiser of a config's section `optimizer`.
 
@@ -100,18 +103,16 @@ def make_optimizer(
     b1: decay of the first moment.
     b2: decay of the second moment.
     clip: largest global norm of each group's gradient; 0 does not clip.
-    accumulate: steps whose gradients are averaged into one update.
+    accumulate: steps whose gradients are averaged into one update; or pairs (step,
+      every): from that step on, so many. Schedules count updates.
 
   Raises:
     ValueError: naming the key, for a value out of its range.
   """
-  if accumulate < 1:
-    raise ValueError(
-      f"optimizer.accumulate is {accumulate}; it counts steps: 1 or more"
-    )
+  plan = stages(accumulate, steps)
   if clip < 0:
     raise ValueError(f"optimizer.clip is {clip}; it is a norm: 0 (off) or more")
-  updates = -(-steps // accumulate)
+  updates = sum(stage.updates for stage in plan)
   rate = schedule(updates, peak, warmup, floor)
   parts = []
   if clip:
@@ -132,9 +133,23 @@ def make_optimizer(
   else:
     parts.append(optax.adamw(rate, b1, b2, eps=1e-8, weight_decay=decay, mask=decays))
   optimizer = optax.chain(*parts)
-  if accumulate > 1:
-    optimizer = optax.MultiSteps(optimizer, accumulate).gradient_transformation()
+  if any(stage.every > 1 for stage in plan):
+    optimizer = optax.MultiSteps(optimizer, _every(plan)).gradient_transformation()
   return optimizer
+
+
+def _every(plan: tuple[Stage, ...]) -> int | Callable[[jax.Array], jax.Array]:
+  """Steps of the next update, by the number of updates before it."""
+  if len(plan) == 1:
+    return plan[0].every
+  ends = np.cumsum([stage.updates for stage in plan])[:-1]
+  counts = np.array([stage.every for stage in plan])
+
+  def count(update: jax.Array) -> jax.Array:
+    stage = jnp.searchsorted(jnp.asarray(ends), update, side="right")
+    return jnp.asarray(counts)[stage]
+
+  return count
 
 
 def group_norms(grads: Any, labels: Any) -> dict[str, jax.Array]:

@@ -123,12 +123,35 @@ def test_compressive(positions, kind, size, compressed, rate, seed):
     loop = lambda tokens: reference.compressive(params, positions, tokens, C, *sizes)
     want, rest = rows(x, starts, loop)
     np.testing.assert_allclose(got, want, rtol=0, atol=1e-12)
-    for row, (recent, slots, reconstruction) in enumerate(rest):
+    for row, (recent, slots, reconstruction, _) in enumerate(rest):
       check_fifo(state.recent, row, recent)
       check_fifo(state.compressed, row, slots)
       if kind == "conv":
         found = losses["reconstruction"][row]
         np.testing.assert_allclose(found, reconstruction, rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize(
+  "kind,usage", [("max", "segment"), ("most_used", "segment"), ("most_used", "life")]
+)
+@pytest.mark.parametrize("size,compressed,rate", [(6, 3, 2), (3, 5, 4)])
+@SEEDS
+def test_compressive_without_parameters(kind, usage, size, compressed, rate, seed):
+  with precision("float64"):
+    memory = CompressiveMemory(size, compressed, rate, kind, "none", usage=usage)
+    params, forward, _, draw = setup(memory, "relative")
+    x, starts = inputs(seed)
+    got, state, losses = forward(params, x, starts, draw)
+    sizes = (size, compressed, rate, kind, usage == "life")
+    loop = lambda tokens: reference.compressive(params, "relative", tokens, C, *sizes)
+    want, rest = rows(x, starts, loop)
+    np.testing.assert_allclose(got, want, rtol=0, atol=1e-12)
+    assert not losses
+    for row, (recent, slots, _, used) in enumerate(rest):
+      check_fifo(state.recent, row, recent)
+      check_fifo(state.compressed, row, slots)
+      if usage == "life":
+        np.testing.assert_allclose(state.usage[row], used, rtol=0, atol=1e-13)
 
 
 @pytest.mark.parametrize("positions", ["relative", "rotary"])

@@ -60,10 +60,58 @@ REFUSED = {
   "size": ({"memory": {"size": -1}}, r"memory\.size is -1"),
   "rate": ({"memory": CONV | {"rate": 3}}, r"memory\.rate is 3.*divide.*segment"),
   "compressor": (
-    {"memory": CONV | {"compressor": "max"}},
-    r"memory\.compressor is 'max'",
+    {"memory": CONV | {"compressor": "median"}},
+    r"memory\.compressor is 'median'.*most_used",
   ),
   "loss": ({"memory": CONV | {"loss": "some"}}, r"memory\.loss is 'some'"),
+  "loss of nothing": (
+    {"memory": CONV | {"compressor": "max"}},
+    r"memory\.loss is 'attention'.*'max' has nothing to train",
+  ),
+  "unread option": (
+    {"memory": CONV | {"order": "usage"}},
+    r"memory\.order is 'usage'.*memory\.compressor 'conv' does not read",
+  ),
+  "unread loss option": (
+    {"memory": CONV | {"loss": "none", "norm": "mse"}},
+    r"memory\.norm is 'mse'.*memory\.loss 'none' does not read",
+  ),
+  "rate beyond the segment": (
+    {"memory": CONV | {"rate": 5, "remainder": "drop"}},
+    r"memory\.rate is 5.*segment of 4 would make none",
+  ),
+  "dilations": (
+    {"memory": CONV | {"compressor": "dilated", "dilations": (0,)}},
+    r"memory\.dilations is \(0,\)",
+  ),
+  "valid padding": (
+    {
+      "memory": CONV
+      | {"compressor": "dilated", "dilations": (1,), "padding": "valid", "rate": 2}
+    },
+    r"memory\.rate is 2.*less the 1 .*newest 1 would be dropped",
+  ),
+  "no slots to train": (
+    {"memory": CONV | {"compressed": 0}},
+    r"memory\.compressed is 0",
+  ),
+  "weight": ({"memory": CONV | {"weight": 0.0}}, r"memory\.weight is 0\.0"),
+  "overlap": ({"memory": CONV | {"overlap": -1}}, r"memory\.overlap"),
+  "queries": (
+    {"memory": CONV | {"size": 0, "queries": "later"}},
+    r"memory\.queries is 'later'.*memory\.size 0",
+  ),
+  "tables": (
+    {"memory": CONV | {"tables": "two"}},
+    r"memory\.tables is 'two'.*model\.positions is 'rotary'",
+  ),
+  "tables of nothing": (
+    {
+      "memory": CONV
+      | {"tables": "two", "compressed": 0, "compressor": "max", "loss": "none"}
+    },
+    r"memory\.tables is 'two' and memory\.compressed 0",
+  ),
   "ratio": ({"memory": {"kind": "grc", "ratio": 1.5}}, r"memory\.ratio is 1\.5"),
   "channels": (
     {"memory": {"kind": "grc", "ratio": 0.2}},

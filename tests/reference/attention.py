@@ -31,12 +31,12 @@ def sinusoid(distance, width):
   return np.concatenate([np.sin(angle), np.cos(angle)])
 
 
-def attend(params, positions, query, keys):
-  """Heads (H, K) of one query over `keys`: a list of (input, distance)."""
-  wq, wk, wv = (params[name]["kernel"] for name in ("query", "key", "value"))
+def weigh(params, positions, query, keys):
+  """Weights (H, keys) of one query over `keys`: a list of (input, distance)."""
+  wq, wk = (params[name]["kernel"] for name in ("query", "key"))
   bq, bk = (params[n].get("bias", np.zeros(wq.shape[1:])) for n in ("query", "key"))
   width, H, K = wq.shape
-  out = np.zeros((H, K))
+  weights = []
   for h in range(H):
     scores = []
     for y, distance in keys:
@@ -50,9 +50,16 @@ def attend(params, positions, query, keys):
       else:
         score = q @ k
       scores.append(score / np.sqrt(K))
-    weights = softmax(np.array(scores))
-    out[h] = sum(p * (y @ wv[:, h]) for p, (y, _) in zip(weights, keys, strict=True))
-  return out
+    weights.append(softmax(np.array(scores)))
+  return np.array(weights)
+
+
+def attend(params, positions, query, keys):
+  """Heads (H, K) of one query over `keys`."""
+  wv = params["value"]["kernel"]
+  weights = weigh(params, positions, query, keys)
+  values = [np.einsum("d,dhk->hk", y, wv) for y, _ in keys]
+  return sum(p[:, None] * v for p, v in zip(weights.T, values, strict=True))
 
 
 def joined(params, heads):
@@ -83,28 +90,46 @@ def transformer_xl(params, positions, tokens, segment, size):
   return outs, memory
 
 
-def compressive(params, positions, tokens, segment, size, compressed, rate, kind):
+def compressive(
+  params, positions, tokens, segment, size, compressed, rate, kind, life=False
+):
   """Outputs, recent inputs and compressed slots: Algorithm 1 of Rae et al.
 
   Places that hold nothing are None: FIFOs have a fixed number of places, and what is
-  pushed takes one whether it is of the document or not.
+  pushed takes one whether it is of the document or not. `kind` most_used keeps the
+  tokens that the last segment attended most; with `life`, all that found them.
   """
   names = ("query", "key", "value")
   bare = {name: {"kernel": params[name]["kernel"]} for name in names}  # no biases
   recent, slots, now, outs = [None] * size, [None] * compressed, [], []
+  usage, met = [0.0] * size, [0] * size  # weight in sum, over so many segments
+  used = [0.0] * (compressed + size + segment)
   reconstruction = 0.0
   for x, start in tokens:
     now.append((x, start))
     own, began = document(now)
-    past = [] if began else slots + recent
-    places = past + [None] * (len(now) - len(own)) * (not began) + own
+    past = [None] * (compressed + size) if began else slots + recent
+    places = past + [None] * (len(now) - len(own)) + own
     keys = [(y, len(places) - 1 - i) for i, y in enumerate(places) if y is not None]
     outs.append(joined(params, attend(params, positions, x, keys)))
+    if start:
+      used = [0.0] * len(used)
+    weights = weigh(params, positions, x, keys).mean(axis=0)
+    for i, weight in zip(
+      [i for i, y in enumerate(places) if y is not None], weights, strict=True
+    ):
+      used[i] += weight / segment
     if len(now) < segment:
       continue
     gone = [None] * (segment - len(own))  # of earlier documents
     queue = ([None] * size if began else recent) + gone + own
+    usage = [u * life + w for u, w in zip(usage, used[compressed:], strict=False)]
+    met = [n * life + 1 for n in met]
+    worth = [u / n for u, n in zip(usage, met, strict=True)] + used[compressed + size :]
+    usage = (usage + [0.0] * segment)[segment:]
+    met = (met + [0] * segment)[segment:]
     left, recent = queue[:segment], queue[segment:]
+    usage = [0.0 if y is None else u for u, y in zip(usage, recent, strict=True)]
     slots = [None] * compressed if began else slots
     new = []
     for i in range(0, segment, rate):
@@ -113,10 +138,16 @@ def compressive(params, positions, tokens, segment, size, compressed, rate, kind
         new.append(None)
       elif kind == "mean":
         new.append(sum(block) / rate)
-      else:
+      elif kind == "max":
+        new.append(np.max(block, axis=0))
+      elif kind == "conv":
         kernel = params["memory"]["compressor"]["kernel"]
         new.append(sum(y @ w for y, w in zip(block, kernel, strict=True)))
-    if any(y is not None for y in new):
+    if kind == "most_used":
+      there = [i for i, y in enumerate(left) if y is not None]
+      best = sorted(there, key=lambda i: (-worth[i], i))[: segment // rate]
+      new = [None] * (segment // rate - len(best)) + [left[i] for i in sorted(best)]
+    if kind == "conv" and any(y is not None for y in new):
       gap = 0.0
       for y in own:  # Algorithm 2: content alone, one norm over all queries
         wanted = attend(bare, "none", y, [(z, 0) for z in left if z is not None])
@@ -124,8 +155,8 @@ def compressive(params, positions, tokens, segment, size, compressed, rate, kind
         gap += ((given - wanted) ** 2).sum()
       reconstruction += np.sqrt(gap)
     slots = (slots + new)[len(new) :]
-    now = []
-  return outs, recent, slots, reconstruction
+    now, used = [], [0.0] * len(used)
+  return outs, recent, slots, reconstruction, usage if life else None
 
 
 def sigmoid(x):
