@@ -104,15 +104,7 @@ def attended_slots(model: DecoderLM) -> list[int | None]:
 
   None where running sums hold the whole document instead.
   """
-
-  def count(attention, memory):
-    if not hasattr(memory, "slots"):
-      return None
-    state = jax.eval_shape(lambda: attention.initial_state(1))
-    slots = jax.eval_shape(memory.slots, state)
-    return 0 if slots is None else slots.values.shape[1]
-
-  return [count(a, m) for a, m in zip(model.attentions(), model.memories, strict=True)]
+  return [attention.slots() for attention in model.attentions()]
 
 
 def activation_bytes(model: DecoderLM, segments: int) -> int:

@@ -119,6 +119,8 @@ def _run(
   state, shardings, step_fn = prepare(experiment)
   validation = _validation(experiment)
   bytes_per_token = _bytes_per_token(experiment, validation)
+  whole = sharding.replicated(experiment.mesh)
+  gauges = jax.jit(experiment.model.gauges, out_shardings=whole)
   save = config.save
   with Checkpoints(workdir, keep=save.keep, every=save.every) as checkpoints:
     target = jax.tree.map(
@@ -166,6 +168,7 @@ def _run(
           params = state.ema if config.optimizer.ema else state.params
           scores = {"loss": validation(params).loss}
           log.write(step - 1, scores)
+          log.write(step - 1, gauges(params), kind="gauge", show=False)
         leaving = preemption.reached(step)
         if due(step, save.every) or leaving or step == config.steps:
           keep(step)
