@@ -1,6 +1,7 @@
 """Layers of encoders: attention in both directions, alone and beside a shared cache."""
 
 from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -201,7 +202,7 @@ class GatedEncoderAttention(nn.Module):
     return self.memory.initial_state(batch, self.width, self.heads, self.dtype)
 
   @nn.nowrap
-  def gauges(self, params) -> dict[str, Float[Array, "... H"]]:
+  def gauges(self, params: Any) -> dict[str, Float[Array, "... H"]]:
     """sigmoid(lambda), the share of the cache in each head."""
     return {"gate": nn.sigmoid(params["gate"])}
 

@@ -120,15 +120,15 @@ class GRCMemory(MemoryModule):
         raise ValueError(
           f"memory.{name} is {getattr(self, name)!r}; one of {', '.join(known)}"
         )
-    known = ATTENDED[self.cache]
-    if self.attend not in (None, *known):
+    allowed = ATTENDED[self.cache]
+    if self.attend not in (None, *allowed):
       why = {
         "stream": "a causal model may read only what earlier segments left",
         "shared": "its gates learn only if the cache is read after their update",
       }[self.cache]
       raise ValueError(
         f"memory.attend is {self.attend!r}; in {self.cache} scope it is one of "
-        f"{', '.join(known)}: {why}"
+        f"{', '.join(allowed)}: {why}"
       )
     if self.cache == "stream" and self.eval_update is False:
       raise ValueError(

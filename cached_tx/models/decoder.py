@@ -188,7 +188,7 @@ class DecoderLM(nn.Module):
       Scalars by "name/layer/head", such as gate/0/3: the share, sigmoid(lambda), of
       the gated cache in head 3 of layer 0. Layers without gauges have none.
     """
-    found = {}
+    found: dict[str, Array] = {}
     for i, attention in enumerate(self.attentions()):
       own = params["stack"][f"blocks_{i}"]["attention"]
       for name, values in attention.gauges(own).items():  # G H
