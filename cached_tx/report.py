@@ -20,7 +20,7 @@ from cached_tx.tables import aligned
 from cached_tx.train.config import to_json
 from cached_tx.train.experiment import Experiment
 from cached_tx.train.metrics import read_log
-from cached_tx.train.plots import loss_plot
+from cached_tx.train.plots import gauge_plot, loss_plot
 from cached_tx.train.processes import wait_for_others
 
 LARGEST = 20_000_000  # bytes of training text, up to which baselines are computed
@@ -146,6 +146,7 @@ def _files(
     "report": workdir / "report.md",
     "data": workdir / "report.json",
     "plot": plot,
+    **_gauge_plots(workdir),
     "metrics": workdir / "metrics.jsonl",
     "TensorBoard": workdir / "tensorboard",
     "checkpoints": workdir / "checkpoints",
@@ -155,6 +156,18 @@ def _files(
   write_atomically(names["data"], json.dumps(data, indent=2) + "\n")
   write_atomically(names["report"], markdown({**found, "files": files}))
   return files
+
+
+def _gauge_plots(workdir: Path) -> dict[str, Path]:
+  """Draws the newest gauges of every name, if the run has logged any."""
+  lines = [r for r in read_log(workdir / "metrics.jsonl") if r["kind"] == "gauge"]
+  newest = lines[-1] if lines else {}
+  return {
+    f"plot of {name}": gauge_plot(
+      newest, workdir / f"{name}.png", name=name, title=f"step {newest['step'] + 1}"
+    )
+    for name in sorted({key.split("/")[0] for key in newest if "/" in key})
+  }
 
 
 def ranking(found: dict[str, Any]) -> list[tuple[str, float]]:

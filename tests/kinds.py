@@ -64,6 +64,9 @@ MEMORIES = {
     "relative",
   ),
   "grc": Kind((GRCMemory(3, 0.5),)),
+  "grc+xl": Kind(
+    (GRCMemory(3, 0.5, summary="attention", candidate="gelu", inner=5),), "relative"
+  ),
   "favor": Kind((FavorMemory(features=8, chunk=3),)),
   "xl+favor": Kind((XLMemory(3), FavorMemory(features=8, chunk=128)), "none"),
 }

@@ -113,6 +113,7 @@ def test_attended_slots():
   assert attended_slots(decoder("xl+favor")) == [3, None]
   assert attended_slots(decoder("none")) == [0]
   assert attended_slots(decoder("grc")) == [3]
+  assert attended_slots(decoder("grc+xl")) == [8]
   assert state_bytes(decoder("xl")) == 2 * 5 * (4 * D + 1)
   assert C == 4
 

@@ -37,6 +37,21 @@ def test_a_report(folder, capsys, monkeypatch):
   assert "0 recompilations" in shown and "tokens/s" in shown
 
 
+def test_gauges_are_drawn(tmp_path):
+  lines = [
+    {"step": 3, "kind": "gauge", "gate/0/0": 0.1, "other/0/0": 0.1},
+    {"step": 7, "kind": "gauge", "gate/0/0": 0.4, "gate/1/0": 0.6},
+    {"step": 7, "kind": "train", "loss": 1.0},
+  ]
+  path = tmp_path / "metrics.jsonl"
+  path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+  found = module._gauge_plots(tmp_path)
+  assert found == {"plot of gate": tmp_path / "gate.png"}  # of the newest line
+  assert imread(tmp_path / "gate.png").shape == (1000, 1600, 4)
+  path.write_text(json.dumps(lines[-1]) + "\n")
+  assert module._gauge_plots(tmp_path) == {}
+
+
 def test_large_texts_have_no_baselines(folder, capsys, monkeypatch):
   monkeypatch.setattr(module, "LARGEST", 1000)
   monkeypatch.setattr(module, "SAMPLE", 1)

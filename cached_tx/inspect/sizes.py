@@ -104,16 +104,7 @@ def attended_slots(model: DecoderLM) -> list[int | None]:
 
   None where running sums hold the whole document instead.
   """
-
-  def count(memory):
-    if not hasattr(memory, "slots"):
-      return None
-    size = (1, model.width, model.heads, model.dtype)
-    state = jax.eval_shape(lambda: memory.initial_state(*size))
-    slots = jax.eval_shape(memory.slots, state)
-    return 0 if slots is None else slots.values.shape[1]
-
-  return [count(memory) for memory in model.memories]
+  return [attention.slots() for attention in model.attentions()]
 
 
 def activation_bytes(model: DecoderLM, segments: int) -> int:

@@ -9,6 +9,7 @@ from typing import Any
 from cached_tx.layers.base import MemoryAttention
 from cached_tx.layers.block import Block
 from cached_tx.layers.clock import Stream
+from cached_tx.layers.encoder import EncoderAttention, GatedEncoderAttention
 from cached_tx.layers.gated import GatedAttention, GatedState
 from cached_tx.layers.mlp import ACTIVATIONS, MLP
 from cached_tx.layers.slots import SlotAttention
@@ -35,7 +36,9 @@ __all__ = [
   "MLP",
   "READERS",
   "Block",
+  "EncoderAttention",
   "GatedAttention",
+  "GatedEncoderAttention",
   "GatedState",
   "MemoryAttention",
   "SlotAttention",

@@ -3,6 +3,7 @@
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
@@ -80,6 +81,20 @@ class MemoryAttention(nn.Module):
   def draw(self, layer: Array | int) -> Any:
     """Random constants of layer number `layer`, if the memory has any."""
     return self.memory.draw(layer, self.width, self.heads)
+
+  @nn.nowrap
+  def slots(self) -> int | None:
+    """Memory slots that a token attends; None where running sums take their place."""
+    if not hasattr(self.memory, "slots"):
+      return None
+    found = jax.eval_shape(lambda: self.memory.slots(self.initial_state(1)))
+    return 0 if found is None else found.values.shape[1]
+
+  @nn.nowrap
+  def gauges(self, params: Any) -> dict[str, Array]:
+    """What its parameters say at a glance, by name: numbers per head (... H)."""
+    del params
+    return {}
 
   def mix(
     self, x: Hidden, state: State, segment: Segment, draw: Any, deterministic: bool

@@ -10,7 +10,7 @@ from cached_tx.layers import clock
 from cached_tx.layers.base import MemoryAttention
 from cached_tx.layers.projections import ToHeads
 from cached_tx.layers.slots import SlotAttention
-from cached_tx.memory import NoMemory, partitioned
+from cached_tx.memory import NoMemory, XLMemory, partitioned
 from cached_tx.ops.attention import softmax_attention
 from cached_tx.ops.documents import document_ids
 from cached_tx.types import Heads, Hidden, Losses, Segment, State
@@ -28,23 +28,42 @@ class GatedAttention(MemoryAttention):
 
   o = sigmoid(lambda) o_mem + (1 - sigmoid(lambda)) o_self, lambda starting at 0.
   A token whose document has left nothing in the cache yet gets o_self alone. The
-  cache has D_m channels; o_mem fills the first D_m / H channels of every head.
+  cache has D_m channels; o_mem fills the first D_m / H channels of every head. Where
+  the memory summarises attention, it is o_self before the output projection.
 
   Attributes:
     inner: gives o_self; another attention layer, of the same width, heads and
-      segment. None: attention within the segment.
+      segment. None: attention within the segment and, where `memory.inner` asks for
+      them, over so many tokens before it.
   """
 
   inner: MemoryAttention | None = None
 
   @nn.nowrap
+  def check(self) -> None:
+    """Raises ValueError, naming the config key, where the settings do not fit."""
+    super().check()
+    if self.memory.cache != "stream":
+      raise ValueError(
+        f"memory.cache is {self.memory.cache!r}: one cache for all rows, updated "
+        "before it is read, shows a causal model other rows and later tokens; set "
+        "memory.cache to stream, or use the layer in a GatedEncoderAttention"
+      )
+    if self.inner is not None and self.memory.inner:
+      raise ValueError(
+        f"memory.inner is {self.memory.inner}, but the layer was given an inner "
+        "attention, which has a memory of its own: set memory.inner to 0"
+      )
+
+  @nn.nowrap
   def _inner(self) -> MemoryAttention:
     if self.inner is not None:
       return self.inner
+    tokens = self.memory.inner
     return SlotAttention(
       width=self.width,
       heads=self.heads,
-      memory=NoMemory(parent=None),
+      memory=XLMemory(size=tokens, parent=None) if tokens else NoMemory(parent=None),
       segment=self.segment,
       positions=self.positions,
       dropout=self.dropout,
@@ -58,7 +77,8 @@ class GatedAttention(MemoryAttention):
     self.memory_query = ToHeads(*heads, self.dtype)
     self.memory_key = ToHeads(*heads, self.dtype)
     self.memory_value = ToHeads(*heads, self.dtype)
-    init = partitioned(nn.initializers.zeros, "heads")
+    start = nn.initializers.constant(self.memory.lambda_start)
+    init = partitioned(start, "heads")
     self.gate = self.param("gate", init, (self.heads,), jnp.float32)  # lambda
     self.own = self._inner()
 
@@ -70,10 +90,28 @@ class GatedAttention(MemoryAttention):
   @nn.nowrap
   def open_stream(self, state: GatedState, batch: int) -> GatedState:
     """The state that takes any number of tokens, from one at a boundary."""
+    width = self.width
+    if self._summarises_attention:
+      width = 2 * self.memory.channels(width)
     return GatedState(
-      super().open_stream(state.cache, batch),
+      clock.open_stream(state.cache, batch, self.segment, width, self.dtype),
       self._inner().open_stream(state.inner, batch),
     )
+
+  @property
+  def _summarises_attention(self) -> bool:
+    return self.memory.summary == "attention"
+
+  @nn.nowrap
+  def slots(self) -> int | None:
+    """Those of the cache and of the attention beside it."""
+    inner = self._inner().slots()
+    return None if inner is None else self.memory.size + inner
+
+  @nn.nowrap
+  def gauges(self, params: Any) -> dict[str, Array]:
+    """sigmoid(lambda), the share of the cache in each head."""
+    return {"gate": nn.sigmoid(params["gate"])}
 
   @nn.nowrap
   def mix(
@@ -86,11 +124,25 @@ class GatedAttention(MemoryAttention):
   ) -> tuple[Heads, GatedState, Losses]:
     """Attends; returns heads before the output projection."""
     own, inner, losses = self.own.mix(x, state.inner, segment, draw, deterministic)
-    (found, gate), cache, more = clock.run(self, x, state.cache, segment, deterministic)
+    seen = self._seen(x, own)
+    found, cache, more = clock.run(self, seen, state.cache, segment, deterministic)
+    found, gate = found
     pad = own.shape[-1] - found.shape[-1]
     found = jnp.pad(found, ((0, 0), (0, 0), (0, 0), (0, pad)))
     heads = gate[..., None] * found + (1 - gate[..., None]) * own
     return heads, GatedState(cache, inner), losses | more
+
+  @nn.nowrap
+  def _seen(self, x: Hidden, own: Heads) -> Float[Array, "B L E"]:
+    """What the cache's clock sees of a token: first the query, last what is summarised.
+
+    The layer's input serves as both; else D_m channels of it and D_m of o_self.
+    """
+    if not self._summarises_attention:
+      return x
+    width = self.memory.channels(self.width)
+    flat = own.reshape(*own.shape[:2], -1)[..., :width]
+    return jnp.concatenate([x[..., :width].astype(flat.dtype), flat], axis=-1)
 
   def read(
     self,
@@ -124,5 +176,7 @@ class GatedAttention(MemoryAttention):
     self, tokens: Float[Array, "B C D"], starts: Bool[Array, "B C"], memory: State
   ) -> tuple[State, Losses]:
     """The cache after the segment."""
+    if self._summarises_attention:
+      tokens = tokens[..., self.memory.channels(self.width) :]
     update = self.memory(tokens, starts, memory)
     return update.state, dict(update.losses)

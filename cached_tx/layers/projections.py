@@ -67,11 +67,12 @@ class ToHeads(nn.Module):
 
 
 class FromHeads(nn.Module):
-  """Joins the heads and maps them to the width of the layer; no bias."""
+  """Joins the heads and maps them to the width of the layer, with a bias on request."""
 
   width: int
   scale: float = 1.0
   dtype: DType = jnp.float32
+  bias: bool = False
 
   @nn.compact
   def __call__(self, x: Heads) -> Hidden:
@@ -82,4 +83,9 @@ class FromHeads(nn.Module):
       (x.shape[-2], x.shape[-1], self.width),
       jnp.float32,
     ).astype(self.dtype)
-    return jnp.einsum("blhk,hkd->bld", x.astype(self.dtype), kernel)
+    out = jnp.einsum("blhk,hkd->bld", x.astype(self.dtype), kernel)
+    if not self.bias:
+      return out
+    init = partitioned(nn.initializers.zeros, "embed")
+    bias = self.param("bias", init, (self.width,), jnp.float32).astype(self.dtype)
+    return out + bias[None, None]

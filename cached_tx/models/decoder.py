@@ -5,6 +5,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array
 
 from cached_tx.layers import (
   ACTIVATIONS,
@@ -175,6 +176,27 @@ class DecoderLM(nn.Module):
   def attentions(self) -> tuple[MemoryAttention, ...]:
     """The attention layers of one period, without parameters."""
     return tuple(block.attention for block in self.blocks())
+
+  @nn.nowrap
+  def gauges(self, params: Any) -> dict[str, Array]:
+    """What the layers' parameters say at a glance, one scalar per head.
+
+    Args:
+      params: of the model.
+
+    Returns:
+      Scalars by "name/layer/head", such as gate/0/3: the share, sigmoid(lambda), of
+      the gated cache in head 3 of layer 0. Layers without gauges have none.
+    """
+    found: dict[str, Array] = {}
+    for i, attention in enumerate(self.attentions()):
+      own = params["stack"][f"blocks_{i}"]["attention"]
+      for name, values in attention.gauges(own).items():  # G H
+        for g in range(self.periods):
+          layer = g * len(self.memories) + i
+          for h in range(values.shape[1]):
+            found[f"{name}/{layer}/{h}"] = values[g, h]
+    return found
 
   @property
   def periods(self) -> int:

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
-from cached_tx.types import Hidden, Index
+from cached_tx.types import Hidden, Index, Mask
 
 
 def nearest(
@@ -17,6 +17,18 @@ def nearest(
   """
   i = jnp.arange(slots, dtype=first.dtype)[None]
   places = first[:, None] + i * length[:, None] // slots
+  return jnp.take_along_axis(x, places[..., None], axis=1)
+
+
+def nearest_valid(x: Hidden, valid: Mask, slots: int) -> Float[Array, "B M D"]:
+  """M of the valid tokens of each row, wherever they stand: the rule of `nearest`.
+
+  A row without valid tokens gets its first one, which the caller masks.
+  """
+  order = jnp.argsort(~valid, axis=1, stable=True)  # the valid ones first, in order
+  length = valid.sum(axis=1, dtype=jnp.int32)
+  places = jnp.arange(slots, dtype=jnp.int32)[None] * length[:, None] // slots
+  places = jnp.take_along_axis(order, places, axis=1)
   return jnp.take_along_axis(x, places[..., None], axis=1)
 
 

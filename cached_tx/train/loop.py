@@ -126,6 +126,8 @@ def _run(
     "tokenizer": experiment.tokenizer.identity,
     "scored_on": {**identity(held_out), **config.eval.to_dict(), "every": None},
   }
+  whole = sharding.replicated(experiment.mesh)
+  gauges = jax.jit(experiment.model.gauges, out_shardings=whole)
   save = config.save
   with Checkpoints(workdir, keep=save.keep, every=save.every) as checkpoints:
     target = jax.tree.map(
@@ -173,6 +175,7 @@ def _run(
           params = state.ema if config.optimizer.ema else state.params
           scores = {"loss": validation(params).loss}
           log.write(step - 1, scores)
+          log.write(step - 1, gauges(params), kind="gauge", show=False)
         leaving = preemption.reached(step)
         if due(step, save.every) or leaving or step == config.steps:
           keep(step)

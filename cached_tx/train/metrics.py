@@ -4,6 +4,8 @@ A line of metrics.jsonl is one JSON object:
 
     {"step": 7, "kind": "train", "loss": 2.25, ...}    after each logged step
     {"step": 7, "kind": "eval", ...}                   an evaluation
+    {"step": 7, "kind": "gauge", "gate/0/3": 0.5, ...} of layer 0, head 3: beside it,
+                                                       where a model has any
     {"step": 0, "kind": "event", "event": "first_step", ...}
 
 `step` counts from 0: after step s, s + 1 steps are finished, and a checkpoint of n
@@ -136,13 +138,29 @@ class MetricsLog:
       speed = self._tokens_per_second(step)
       self._write("train", step, {**values, **speed})
 
-  def write(self, step: int, metrics: Mapping[str, Any], kind: str = "eval"):
-    """Writes metrics at once, such as those of an evaluation after step `step`."""
+  def write(
+    self,
+    step: int,
+    metrics: Mapping[str, Any],
+    kind: str = "eval",
+    *,
+    show: bool = True,
+  ):
+    """Writes metrics at once, such as those of an evaluation after step `step`.
+
+    Args:
+      step: counts from 0.
+      metrics: scalars; without any, nothing is written.
+      kind: of the line.
+      show: also to whoever watches the run.
+    """
     self.flush()
+    if not metrics:
+      return
     values = {name: float(np.asarray(x)) for name, x in metrics.items()}
     values = self._with_bits(values)
     self._write(kind, step, values)
-    if self._progress is not None:
+    if self._progress is not None and show:
       self._progress.note(f"step {step + 1} {kind}: {_text(values)}")
 
   def event(self, name: str, step: int = 0, **values: Any):

@@ -66,6 +66,62 @@ def loss_plot(
   return path
 
 
+def gauge_plot(
+  gauges: Mapping[str, float],
+  png_path: str | os.PathLike,
+  *,
+  name: str,
+  title: str = "",
+  label: str = "",
+) -> Path:
+  """Draws one number per head over the layers into a PNG of 1600 x 1000 pixels.
+
+  Args:
+    gauges: by "name/layer/head", as of `DecoderLM.gauges` or of a line of kind "gauge"
+      of metrics.jsonl; other keys are left out.
+    png_path: written anew.
+    name: which gauge; from 0 to 1.
+    title: over the plot, on the left.
+    label: of the vertical axis; the name, if there is none.
+
+  Raises:
+    ValueError: there is no such gauge.
+  """
+  heads: dict[int, list[float]] = {}
+  for key, value in gauges.items():
+    own, _, place = key.partition("/")
+    if own == name:
+      heads.setdefault(int(place.split("/")[0]), []).append(float(value))
+  if not heads:
+    raise ValueError(f"there is no gauge {name!r} among {sorted(gauges)}")
+
+  from matplotlib.backends.backend_agg import FigureCanvasAgg  # 0.5 s
+  from matplotlib.figure import Figure
+
+  figure = Figure(figsize=(8, 5), layout="constrained")
+  FigureCanvasAgg(figure)
+  axes = figure.add_subplot()
+  layers = sorted(heads)
+  for layer in layers:
+    values = heads[layer]
+    axes.plot([layer] * len(values), values, "o", color=_BLUE, alpha=0.5, markersize=6)
+  means = [float(np.mean(heads[layer])) for layer in layers]
+  axes.plot(layers, means, "-", color=_RED, linewidth=1.8, label="mean of the heads")
+  axes.plot([], [], "o", color=_BLUE, alpha=0.5, label="one head")
+  axes.axhline(0.5, color=_GREY, linewidth=0.9, linestyle=(0, (4, 3)), zorder=1)
+  axes.set_ylim(0, 1)
+  axes.set_xticks(layers)
+  _grid(axes)
+  axes.set_xlabel("layer", fontsize=11)
+  axes.set_ylabel(label or name, fontsize=11)
+  axes.set_title(title, fontsize=12, loc="left")
+  axes.legend(frameon=False, fontsize=10, loc="upper right", ncols=2)
+  path = Path(png_path)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  figure.savefig(path, dpi=200, format="png")
+  return path
+
+
 def smoothed(values: np.ndarray) -> np.ndarray:
   """A moving average over a fiftieth of the points, narrower near both ends.
 
@@ -111,8 +167,13 @@ def _style(axes, train: np.ndarray, evaluation: np.ndarray, heights: list[float]
   low, high = min(values), max(values)
   room = 0.08 * (high - low) or 0.1
   axes.set_ylim(low - room, high + 2 * room)  # space for the legend
+  axes.margins(x=0.01)
+  _grid(axes)
+
+
+def _grid(axes):
+  """Horizontal lines behind what is drawn; no frame above and on the right."""
   axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
   axes.set_axisbelow(True)
-  axes.margins(x=0.01)
   for side in ("top", "right"):
     axes.spines[side].set_visible(False)

@@ -156,15 +156,21 @@ def test_compressive_without_parameters(kind, usage, size, compressed, rate, see
 
 @pytest.mark.parametrize("positions", ["relative", "rotary"])
 @pytest.mark.parametrize("size,ratio", [(3, 0.5), (7, 1.0)])
+@pytest.mark.parametrize(
+  "summary,candidate,inner", [("input", "linear", 0), ("attention", "gelu", 5)]
+)
 @SEEDS
-def test_gated_cache(positions, size, ratio, seed):
+def test_gated_cache(positions, size, ratio, summary, candidate, inner, seed):
   with precision("float64"):
-    memory = GRCMemory(size, ratio)
+    memory = GRCMemory(size, ratio, summary=summary, candidate=candidate, inner=inner)
     params, forward, _, draw = setup(memory, positions)
     x, starts = inputs(seed)
     got, state, _ = forward(params, x, starts, draw)
     channels = round(ratio * D)
-    loop = lambda tokens: reference.gated(params, positions, tokens, C, size, channels)
+    options = (inner, summary == "attention", candidate == "gelu")
+    loop = lambda tokens: reference.gated(
+      params, positions, tokens, C, size, channels, *options
+    )
     want, rest = rows(x, starts, loop)
     np.testing.assert_allclose(got, want, rtol=0, atol=1e-12)
     for row, (cache,) in enumerate(rest):

@@ -117,6 +117,20 @@ REFUSED = {
     {"memory": {"kind": "grc", "ratio": 0.2}},
     r"memory\.ratio.*model\.heads = 2",
   ),
+  "cache": (
+    {"memory": {"kind": "grc", "cache": "shared"}},
+    r"memory\.cache is 'shared'.*causal.*stream",
+  ),
+  "attended": (
+    {"memory": {"kind": "grc", "attend": "updated"}},
+    r"memory\.attend is 'updated'.*stream scope.*previous: a causal",
+  ),
+  "frozen stream": (
+    {"memory": {"kind": "grc", "eval_update": False}},
+    r"memory\.eval_update is False",
+  ),
+  "inner": ({"memory": {"kind": "grc", "inner": -1}}, r"memory\.inner is -1"),
+  "no channels": ({"memory": {"kind": "grc", "ratio": 0.01}}, r"0 channels"),
   "features": ({"memory": {"kind": "favor", "features": 0}}, r"memory\.features"),
   "relative sums": (
     {"model": {"positions": "relative"}, "memory": {"kind": "favor"}},

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cached_tx.ops.resample import blocks, nearest
+from cached_tx.ops.resample import blocks, nearest, nearest_valid
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "nearest_index.npz"
 
@@ -28,6 +28,17 @@ def test_each_row_is_read_within_its_own_document():
   first, length = jnp.array([0, 7], jnp.int32), jnp.array([10, 3], jnp.int32)
   got = nearest(x, first, length, 4)[..., 0]
   np.testing.assert_array_equal(got, [[0, 2, 5, 7], [17, 17, 18, 19]])
+
+
+def test_valid_tokens_alone_are_read():
+  x = jnp.arange(20, dtype=jnp.float32).reshape(2, 10, 1)
+  valid = jnp.zeros((2, 10), bool).at[0, jnp.array([1, 4, 5, 9])].set(True)
+  for slots in (1, 3, 4, 7):
+    got = nearest_valid(x, valid, slots)[0, :, 0]
+    want = [[1, 4, 5, 9][i * 4 // slots] for i in range(slots)]
+    np.testing.assert_array_equal(got, want)
+  want = nearest(x, jnp.zeros((2,), jnp.int32), jnp.full((2,), 10, jnp.int32), 7)
+  np.testing.assert_array_equal(nearest_valid(x, valid | True, 7), want)
 
 
 def test_blocks_hold_neighbours():

@@ -5,6 +5,8 @@ function takes a layer's parameters as nested mappings of arrays, with the names
 the layer gives them. A token is (x, start); a history is a list of tokens.
 """
 
+import math
+
 import numpy as np
 
 
@@ -164,18 +166,34 @@ def sigmoid(x):
   return 1 / (1 + np.exp(-x))
 
 
-def gated(params, positions, tokens, segment, size, channels):
-  """Outputs, and the cache or None: equations 1 to 5 of Zhang et al."""
+def gated(
+  params,
+  positions,
+  tokens,
+  segment,
+  size,
+  channels,
+  inner=0,
+  attention=False,
+  norm=False,
+):
+  """Outputs, and the cache or None: equations 1 to 5 of Zhang et al.
+
+  With a memory of `inner` tokens beside the cache; the cache summarises the attention
+  where `attention`, else the input; `norm`: the candidate of the authors' code.
+  """
   heads = len(params["gate"])
-  cache, now, outs = None, [], []
+  cache, now, outs, found_now, memory = None, [], [], [], []
   own_params = params["own"]
   cell = params["memory"]
   linear = lambda name, y: y @ cell[name]["kernel"] + cell[name]["bias"]
   for x, start in tokens:
     now.append((x, start))
     own, began = document(now)
-    keys = [(y, len(own) - 1 - i) for i, y in enumerate(own)]
+    context = own if began else memory + own
+    keys = [(y, len(context) - 1 - i) for i, y in enumerate(context)]
     out = attend(own_params, positions, x, keys)
+    found_now.append((out.reshape(-1), start))
     if cache is not None and not began:
       names = {"query": "memory_query", "key": "memory_key", "value": "memory_value"}
       branch = {short: params[name] for short, name in names.items()}
@@ -187,14 +205,20 @@ def gated(params, positions, tokens, segment, size, channels):
     if len(now) < segment:
       continue
     old = np.zeros((size, channels)) if cache is None or began else cache
-    new = [own[i * len(own) // size][:channels] for i in range(size)]
+    source = document(found_now)[0] if attention else own
+    new = [source[i * len(own) // size][:channels] for i in range(size)]
     cache = np.zeros((size, channels))
     for i in range(size):
       both = np.concatenate([new[i], old[i]])
       update, reset = sigmoid(linear("update", both)), sigmoid(linear("reset", both))
       candidate = linear("candidate", np.concatenate([new[i], reset * old[i]]))
+      if norm:
+        y = np.array([a * (1 + math.erf(a / math.sqrt(2))) / 2 for a in candidate])
+        y = (y - y.mean()) / np.sqrt(y.var() + 1e-5)
+        candidate = y * cell["candidate_norm"]["scale"] + cell["candidate_norm"]["bias"]
       cache[i] = (1 - update) * old[i] + update * candidate  # eq. 5
-    now = []
+    memory = context[len(context) - min(inner, len(context)) :]
+    now, found_now = [], []
   return outs, cache
 
 

@@ -72,6 +72,17 @@ def test_evaluation_lines_are_of_the_average(ran):
     assert abs(validation(result.state.params).loss - lines[-1]["loss"]) > 1e-3
 
 
+def test_gauges_stand_beside_evaluations(ran):
+  _, _, result, lines = ran
+  lines = [r for r in lines if r["kind"] == "gauge"]
+  assert [r["step"] for r in lines] == [EVERY - 1, STEPS - 1]
+  gates = result.state.ema["stack"]["blocks_0"]["attention"]["gate"][0]
+  want = {f"gate/0/{h}": 1 / (1 + math.exp(-g)) for h, g in enumerate(gates)}
+  for name, value in want.items():
+    assert lines[-1][name] == pytest.approx(value, 1e-6)
+  assert set(lines[-1]) == {"step", "kind", *want} and lines[0] != lines[1]
+
+
 def test_memory_and_position_are_saved_together(ran):
   _, folder, result, _ = ran
   target = jax.tree.map(

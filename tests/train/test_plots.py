@@ -6,7 +6,7 @@ import struct
 import numpy as np
 import pytest
 
-from cached_tx.train.plots import loss_plot, smoothed
+from cached_tx.train.plots import gauge_plot, loss_plot, smoothed
 
 
 def write(path, train=200, evaluations=4):
@@ -54,6 +54,20 @@ def test_nothing_to_draw(tmp_path):
   write(tmp_path / "metrics.jsonl")
   with pytest.raises(ValueError, match="no line with 'accuracy'"):
     loss_plot(tmp_path / "metrics.jsonl", tmp_path / "a.png", metric="accuracy")
+
+
+def test_gauge_plot(tmp_path):
+  gauges = {f"gate/{n}/{h}": 0.1 * n + 0.02 * h for n in range(6) for h in range(4)}
+  more = gauges | {"step": 7, "kind": "gauge", "other/0/0": 3.0}
+  path = gauge_plot(gauges, tmp_path / "plots" / "gates.png", name="gate")
+  pixels, length = size(path)
+  assert pixels == (1600, 1000) and length > 10_000
+  same = gauge_plot(more, tmp_path / "a.png", name="gate").read_bytes()
+  assert same == path.read_bytes()
+  moved = gauge_plot(gauges | {"gate/3/1": 0.9}, tmp_path / "b.png", name="gate")
+  assert moved.read_bytes() != same
+  with pytest.raises(ValueError, match=r"no gauge 'share'"):
+    gauge_plot(gauges, tmp_path / "c.png", name="share")
 
 
 def test_smoothed():
