@@ -7,7 +7,7 @@ the reader that they need (memory/base.py).
 from typing import Any
 
 from cached_tx.layers.base import MemoryAttention
-from cached_tx.layers.block import Block
+from cached_tx.layers.block import NORMS, Block, layer_norm
 from cached_tx.layers.clock import Stream
 from cached_tx.layers.gated import GatedAttention, GatedState
 from cached_tx.layers.mlp import ACTIVATIONS, MLP
@@ -33,6 +33,7 @@ def attention_for(memory: MemoryModule, **options: Any) -> MemoryAttention:
 __all__ = [
   "ACTIVATIONS",
   "MLP",
+  "NORMS",
   "READERS",
   "Block",
   "GatedAttention",
@@ -42,4 +43,5 @@ __all__ = [
   "Stream",
   "SumsAttention",
   "attention_for",
+  "layer_norm",
 ]

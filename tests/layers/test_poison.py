@@ -14,7 +14,7 @@ LAYERS = {
   f"{kind}-{i}": (memory, own.positions)
   for kind, own in MEMORIES.items()
   for i, memory in enumerate(own.memories)
-  if kind in ("none", "xl-relative", "compressive-conv", "grc", "favor")
+  if kind in ("none", "xl-relative", "xl-zeros", "compressive-conv", "grc", "favor")
 }
 EACH = pytest.mark.parametrize("memory,positions", LAYERS.values(), ids=LAYERS)
 
