@@ -46,8 +46,8 @@ def get_config(mode="full"):
       kind="xl",
       size=512,
       clamp=0,  # largest distance of relative positions; 0: any
-      same_length="off",
-      start="empty",
+      same_length="off",  # pytorch or tensorflow: all queries see as many keys
+      start="empty",  # or zeros, which are attended to
     )
   )
   c.optimizer = ConfigDict(
