@@ -111,7 +111,7 @@ def torch_errors(name, folder=FOLDER):
   meta, arrays = load(name, folder)
   model, found = torch_setup(meta), Found()
   params = torch_model(arrays, "param/", meta["config"])
-  stream = arrays["tokens_stream_TB"].astype(np.int32).T
+  stream = jnp.asarray(arrays["tokens_stream_TB"].T, jnp.int32)
   state = model.initial_state(meta["bsz"])
   apply = lambda p, *args: model.apply({"params": p}, *args)[:2]
   forward, at = jit(apply), 0
@@ -190,7 +190,7 @@ def tf_errors(name, folder=FOLDER):
   params = tf_model(arrays, meta["config"])
   state, L = model.initial_state(meta["B"]), meta["T"]
   forward = jit(lambda *args: model.apply({"params": params}, *args)[:2])
-  stream = arrays["tokens_stream_TB"].astype(np.int32).T
+  stream = jnp.asarray(arrays["tokens_stream_TB"].T, jnp.int32)
   solve = np.linalg.pinv(params["embedding"])  # logits tell the hidden state
   for t in range((stream.shape[1] - 1) // L):
     part = (stream[:, t * L : t * L + L], stream[:, t * L + 1 : t * L + L + 1])
@@ -283,8 +283,8 @@ def test_raw_memory_gives_the_same_numbers():
 @pytest.mark.parametrize("norm", ["post", "pre_raw"])
 def test_every_parameter_has_a_gradient(norm):
   options = dict(norm=norm, norm_bias=True, output_bias=True, head_width=6)
-  tokens, starts = text(2)
   with precision("float64"):
+    tokens, starts = (jnp.asarray(a) for a in text(2))
     own = toy_of(XLMemory(5, 3), 4, tied_biases=True, **options)
     state = own.model.initial_state(B)
 
