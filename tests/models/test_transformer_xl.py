@@ -10,6 +10,7 @@ from cached_tx.models import DecoderLM
 from cached_tx.types import Segment
 from tests.kinds import (
   B,
+  C,
   T,
   Toy,
   assert_close,
@@ -226,7 +227,7 @@ def toy_of(memory, segment, **options):
     "xl-relative", "float64", memories=(memory,), segment=segment, **options
   )
   apply = jit(lambda p, *args: model.apply({"params": p}, *args))
-  return Toy(model, parameters(model), apply)
+  return Toy(model, parameters(model.clone(segment=C)), apply)
 
 
 SAME = [
@@ -271,7 +272,7 @@ def test_raw_memory_gives_the_same_numbers():
     want, state, _ = parallel(kept, tokens, starts)
     got, raw, _ = parallel(Toy(read.model, params, read.apply), tokens, starts)
     # pre has one more norm, before the logits: undo the product, and norm.
-    table = np.asarray(params["embedding"])
+    table = np.asarray(params["embedding"], np.float64)
     hidden = np.asarray(got) @ np.linalg.pinv(table.T)
     centred = hidden - hidden.mean(axis=-1, keepdims=True)
     normed = centred / np.sqrt((centred**2).mean(axis=-1, keepdims=True) + 1e-5)
