@@ -238,7 +238,6 @@ SAME = [
 ]
 
 
-# Worst error measured on CPU, relative to the largest number: XXX.
 @pytest.mark.parametrize("memory", SAME)
 def test_with_same_length_the_clock_is_of_no_account(memory):
   tokens, starts = text(0)
