@@ -3,11 +3,13 @@ r"""Transformer-XL base on enwik8.
 cached-tx train --config configs/enwik8_xl_base.py \
     --config.data.path=FILE --workdir DIR
 cached-tx train --config configs/enwik8_xl_base.py:smoke --workdir DIR
+cached-tx evaluate --workdir DIR --set segment=80 --set memory.size=2100 \
+    --set memory.clamp=820 --set memory.same_length=tensorflow
 
 Dai et al., 2019, arXiv:1901.02860: 12 layers, 41M parameters, 1.06 bits per character
 on the test split, evaluated with segment 80, memory 2,100, clamp 820 and same_length;
 Adam, 400,000 steps of 22 rows (24 in the TensorFlow script, as here), no warm-up,
-dropout 0.1, clip 0.25. Differs: pre-norm; newlines are kept and predicted; no clamp.
+dropout 0.1, clip 0.25. Differs: pre-norm; newlines are kept and predicted.
 
 Result: not run; :smoke is run by the tests.
 """
@@ -43,6 +45,9 @@ def get_config(mode="full"):
     dict(
       kind="xl",
       size=512,
+      clamp=0,  # largest distance of relative positions; 0: any
+      same_length="off",  # pytorch or tensorflow: all queries see as many keys
+      start="empty",  # or zeros, which are attended to
     )
   )
   c.optimizer = ConfigDict(

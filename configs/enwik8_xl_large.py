@@ -3,11 +3,13 @@ r"""Transformer-XL large on enwik8.
 cached-tx train --config configs/enwik8_xl_large.py \
     --config.data.path=FILE --workdir DIR
 cached-tx train --config configs/enwik8_xl_large.py:smoke --workdir DIR
+cached-tx evaluate --workdir DIR --set segment=128 --set memory.size=3800 \
+    --set memory.clamp=1000 --set memory.same_length=tensorflow
 
 Dai et al., 2019, arXiv:1901.02860: 24 layers, 277M parameters, 0.99 bits per
-character on the test split, evaluated with segment 128, memory 3,800, clamp 1,000;
-Adam, 400,000 steps of 64 rows, 4,000 of warm-up, dropout 0.15, clip 0.25. Differs:
-pre-norm; newlines are kept and predicted; no clamp.
+character on the test split, evaluated with segment 128, memory 3,800, clamp 1,000
+and same_length; Adam, 400,000 steps of 64 rows, 4,000 of warm-up, dropout 0.15, clip
+0.25. Differs: pre-norm; newlines are kept and predicted.
 
 Result: not run; :smoke is run by the tests.
 """
@@ -43,6 +45,9 @@ def get_config(mode="full"):
     dict(
       kind="xl",
       size=768,
+      clamp=0,  # largest distance of relative positions; 0: any
+      same_length="off",  # pytorch or tensorflow: all queries see as many keys
+      start="empty",  # or zeros, which are attended to
     )
   )
   c.optimizer = ConfigDict(

@@ -3,12 +3,14 @@ r"""Transformer-XL large on WikiText-103.
 cached-tx train --config configs/wikitext103_xl_large.py \
     --config.data.path=FOLDER --workdir DIR
 cached-tx train --config configs/wikitext103_xl_large.py:smoke --workdir DIR
+cached-tx evaluate --workdir DIR --set segment=128 --set memory.size=1600 \
+    --set memory.clamp=1000 --set memory.same_length=tensorflow
 
 Dai et al., 2019, arXiv:1901.02860: 18 layers, 257M parameters, test perplexity 18.3,
-evaluated with segment 128, memory 1,600, clamp 1,000; Adam, 4,000,000 steps of 128
-rows, 16,000 of warm-up, dropout 0.2, clip 0.25. Differs: pre-norm; one tied softmax
-over the whole vocabulary where the paper's is adaptive (cutoffs 20k, 40k, 200k,
-div_val 4), so that there are more parameters and more work per token.
+evaluated with segment 128, memory 1,600, clamp 1,000 and same_length; Adam, 4,000,000
+steps of 128 rows, 16,000 of warm-up, dropout 0.2, clip 0.25. Differs: pre-norm; one
+tied softmax over the whole vocabulary where the paper's is adaptive (cutoffs 20k, 40k,
+200k, div_val 4), so that there are more parameters and more work per token.
 
 Result: not run; :smoke is run by the tests.
 """
@@ -44,6 +46,9 @@ def get_config(mode="full"):
     dict(
       kind="xl",
       size=384,
+      clamp=0,  # largest distance of relative positions; 0: any
+      same_length="off",  # pytorch or tensorflow: all queries see as many keys
+      start="empty",  # or zeros, which are attended to
     )
   )
   c.optimizer = ConfigDict(

@@ -49,6 +49,7 @@ MEMORIES = {
   "none": Kind((NoMemory(),)),
   "xl": Kind((XLMemory(5),)),
   "xl-relative": Kind((XLMemory(5),), "relative"),
+  "xl-zeros": Kind((XLMemory(5, 3, "tensorflow", "zeros"),), "relative"),
   "compressive-mean": Kind((CompressiveMemory(3, 3, 2, "mean", "none"),)),
   "compressive-conv": Kind((CompressiveMemory(5, 3, 2, "conv", "attention"),)),
   "compressive-bptt": Kind((CompressiveMemory(4, 5, 4, "conv", "none"),), "relative"),

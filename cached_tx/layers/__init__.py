@@ -7,7 +7,7 @@ the reader that they need (memory/base.py).
 from typing import Any
 
 from cached_tx.layers.base import MemoryAttention
-from cached_tx.layers.block import Block
+from cached_tx.layers.block import NORMS, Block, layer_norm
 from cached_tx.layers.clock import Stream
 from cached_tx.layers.encoder import EncoderAttention, GatedEncoderAttention
 from cached_tx.layers.gated import GatedAttention, GatedState
@@ -34,6 +34,7 @@ def attention_for(memory: MemoryModule, **options: Any) -> MemoryAttention:
 __all__ = [
   "ACTIVATIONS",
   "MLP",
+  "NORMS",
   "READERS",
   "Block",
   "EncoderAttention",
@@ -45,4 +46,5 @@ __all__ = [
   "Stream",
   "SumsAttention",
   "attention_for",
+  "layer_norm",
 ]

@@ -45,12 +45,17 @@ class MemoryAttention(nn.Module):
     return self.width // self.heads
 
   @nn.nowrap
-  def check(self) -> None:
-    """Raises ValueError, naming the config key, where the settings do not fit."""
+  def check_heads(self) -> None:
+    """Raises ValueError if the heads do not divide the width."""
     if self.width % self.heads:
       raise ValueError(
         f"model.heads is {self.heads}, which does not divide model.width {self.width}"
       )
+
+  @nn.nowrap
+  def check(self) -> None:
+    """Raises ValueError, naming the config key, where the settings do not fit."""
+    self.check_heads()
     if self.positions not in POSITIONS:
       raise ValueError(
         f"model.positions is {self.positions!r}; one of {', '.join(POSITIONS)}"
@@ -119,8 +124,8 @@ class MemoryAttention(nn.Module):
       state: from `initial_state` (one whole segment of C real tokens a call), from
         `open_stream` (any number of tokens, padding anywhere), or from a former call.
       segment: document starts and padding of the tokens.
-      draw: from `draw(layer)`, if the memory has random constants; None draws those
-        of layer 0.
+      draw: from `draw(layer)`, if the memory has random constants, None drawing those
+        of layer 0; or the biases (u, v) that a layer shares with others, each H K.
       deterministic: False turns dropout on; needs the rng "dropout".
 
     Returns:

@@ -75,9 +75,14 @@ def open_stream(
 
 
 def run(
-  module: Clocked, x: Hidden, state: State, segment: Segment, deterministic: bool
+  module: Clocked,
+  x: Hidden,
+  state: State,
+  segment: Segment,
+  deterministic: bool,
+  shared: tuple = (),
 ) -> tuple[Any, State, Losses]:
-  """Reads and folds the tokens of a call.
+  """Reads and folds the tokens of a call. `shared` goes to every `read`, as it is.
 
   Returns:
     What `read` gives for every token, the state afterwards, of the type it had, and
@@ -88,7 +93,7 @@ def run(
   """
   state = cleared(state)
   if isinstance(state, Stream):
-    return _run_stream(module, x, state, segment, deterministic)
+    return _run_stream(module, x, state, segment, deterministic, shared)
   if segment.valid is not None or x.shape[1] != module.segment:
     padded = "with a mask of padding" if segment.valid is not None else "without"
     raise ValueError(
@@ -96,7 +101,7 @@ def run(
       f"exactly {module.segment} tokens without padding: pass "
       "`open_stream(state)` instead of `state`, or change segment"
     )
-  out = module.read(x, None, x, segment.starts, state, deterministic)
+  out = module.read(x, None, x, segment.starts, state, deterministic, *shared)
   memory, losses = module.fold(x, segment.starts, state)
   return out, memory, losses
 
@@ -111,7 +116,12 @@ def _where(rows: Bool[Array, "B"], new: Any, old: Any) -> Any:
 
 
 def _run_stream(
-  module: Any, x: Hidden, state: Stream, segment: Segment, deterministic: bool
+  module: Any,
+  x: Hidden,
+  state: Stream,
+  segment: Segment,
+  deterministic: bool,
+  shared: tuple,
 ) -> tuple[Any, Stream, Losses]:
   """One token after the other."""
   C = module.segment
@@ -126,7 +136,8 @@ def _run_stream(
     tokens = jnp.where(here[..., None], x, stream.tokens)
     begun = stream.starts | (here & start[:, None])
     index = stream.phase[:, None]
-    out = module.read(x, index, tokens, begun, stream.memory, deterministic)
+    past = stream.memory
+    out = module.read(x, index, tokens, begun, past, deterministic, *shared)
     out = _where(valid, out, jax.tree.map(jnp.zeros_like, out))
     phase = stream.phase + valid
     full = phase == C

@@ -14,11 +14,17 @@ from cached_tx.layers.projections import ToHeads
 from cached_tx.layers.reconstruction import reconstruction_loss
 from cached_tx.memory import partitioned
 from cached_tx.ops.attention import softmax_attention
-from cached_tx.ops.documents import causal_mask, document_ids
+from cached_tx.ops.documents import causal_mask, document_ids, places_before
 from cached_tx.ops.positions import by_key, rotate, sinusoids
 from cached_tx.types import Heads, Hidden, Losses, Segment, State
 
 Place = Int[Array, "#B Q"]
+Bias = Float[Array, "H K"]
+
+
+def _distances(place: Place, keys: int) -> Int[Array, "#B Q S"]:
+  """From each of the S = `keys` columns to each query's; negative for later keys."""
+  return place[:, :, None] - jnp.arange(keys, dtype=jnp.int32)[None, None]
 
 
 class SlotAttention(MemoryAttention):
@@ -28,16 +34,77 @@ class SlotAttention(MemoryAttention):
   the distance between query and key alone. With rotary positions, queries and keys
   have biases (measured on the bundled text: 0.25 bits per byte better after 100,000
   tokens); with relative ones, u and v are the biases.
+
+  Attributes:
+    channels: K, of each head; 0: D / H.
+    weight_dropout: rate on the attention's weights; None: that of the output.
+    tied: u and v are no parameters of the layer, but come as `draw`: the authors'
+      PyTorch code has one pair for all layers.
+    norm: applied to queries, slots and tokens when they are read, so that the memory
+      holds the layer's inputs before it. None: they are read as they come.
   """
+
+  channels: int = 0
+  weight_dropout: float | None = None
+  tied: bool = False
+  norm: nn.LayerNorm | None = None
+
+  @property
+  def head_width(self) -> int:
+    """K."""
+    return self.channels or self.width // self.heads
+
+  @nn.nowrap
+  def check_heads(self) -> None:
+    """Raises ValueError if the heads do not fit the width."""
+    if self.channels < 0:
+      raise ValueError(
+        f"model.head_width is {self.channels}; it counts channels, or is 0 (D / H)"
+      )
+    if not self.channels:
+      super().check_heads()
 
   @nn.nowrap
   def check(self) -> None:
     """Raises ValueError, naming the config key, where the settings do not fit."""
     super().check()
-    if self.memory.apart and self.positions != "relative":
+    memory, positions = self.memory, self.positions
+    if memory.apart and positions != "relative":
       raise ValueError(
         "memory.tables is 'two', tables of relative positions, but model.positions is "
-        f"{self.positions!r}: set memory.tables to one, or model.positions to relative"
+        f"{positions!r}: set memory.tables to one, or model.positions to relative"
+      )
+    if memory.watches and self.tied:
+      raise ValueError(
+        "memory.compressor is 'most_used', which asks the layer for its own attention "
+        "again, but model.tied_biases keeps its biases elsewhere: set it to False"
+      )
+    if memory.farthest and positions != "relative":
+      raise ValueError(
+        f"memory.clamp is {memory.farthest}, a distance of relative positions, but "
+        f"model.positions is {positions!r}: set memory.clamp to 0, or model.positions "
+        "to relative"
+      )
+    if memory.zeros and positions == "rotary":
+      raise ValueError(
+        "memory.start is 'zeros', but with model.positions 'rotary' keys have biases, "
+        "so that a token of zeros is not a key of zeros: set memory.start to empty, or "
+        "model.positions to relative or none"
+      )
+    if self.tied and positions != "relative":
+      raise ValueError(
+        "model.tied_biases is for the biases u and v of relative positions, but "
+        f"model.positions is {positions!r}"
+      )
+    if self.norm is not None and memory.reconstructs:
+      raise ValueError(
+        "model.norm is 'pre_raw', but memory.loss reconstructs the attention over "
+        "normed inputs: set model.norm to pre or post"
+      )
+    if memory.zeros and getattr(self.norm, "use_bias", False):
+      raise ValueError(
+        "memory.start is 'zeros', but model.norm 'pre_raw' with model.norm_bias adds a "
+        "bias to a token of zeros: set memory.start to empty, or model.norm to post"
       )
 
   def setup(self) -> None:
@@ -47,22 +114,29 @@ class SlotAttention(MemoryAttention):
     self.query = ToHeads(*heads, self.dtype, bias)
     self.key = ToHeads(*heads, self.dtype, bias)
     self.value = ToHeads(*heads, self.dtype)
-    self.drop = nn.Dropout(self.dropout)
+    self.drop = nn.Dropout(self._rate)
     if self.positions == "relative":
       self.distance = ToHeads(*heads, self.dtype)
+    if self.positions == "relative" and not self.tied:
       init = partitioned(nn.initializers.zeros, "heads", "head_width")
       self.content_bias = self.param("content_bias", init, heads, jnp.float32)  # u
       self.distance_bias = self.param("distance_bias", init, heads, jnp.float32)  # v
     if self.memory.apart:
       self.apart = ApartPositions(self.memory.apart, self.segment, *heads, self.dtype)
 
+  @property
+  def _rate(self) -> float:
+    return self.dropout if self.weight_dropout is None else self.weight_dropout
+
   @nn.nowrap
   def mix(
     self, x: Hidden, state: State, segment: Segment, draw: Any, deterministic: bool
   ) -> tuple[Heads, State, Losses]:
     """Attends; returns heads before the output projection."""
-    del draw
-    return clock.run(self, x, state, segment, deterministic)
+    if self.tied and draw is None:
+      raise ValueError("a layer with tied biases takes them as draw = (u, v)")
+    shared = tuple(draw) if self.tied else ()
+    return clock.run(self, x, state, segment, deterministic, shared)
 
   def read(
     self,
@@ -72,13 +146,15 @@ class SlotAttention(MemoryAttention):
     starts: Bool[Array, "B C"],
     memory: State,
     deterministic: bool,
+    *biases: Bias,
   ) -> Heads:
     """Attends from the queries to the slots and to the tokens up to their own."""
     drop = None
-    if self.dropout and not deterministic:
+    if self._rate and not deterministic:
       drop = lambda p: self.drop(p, deterministic=False)
-    terms = self._terms(queries, index, tokens, starts, memory)
-    return softmax_attention(*terms, drop)
+    terms = self._terms(queries, index, tokens, starts, memory, *biases)
+    q, k, v, mask, scores, zeros = terms
+    return softmax_attention(q, k, v, mask, scores, drop, zeros)
 
   def _terms(
     self,
@@ -87,8 +163,10 @@ class SlotAttention(MemoryAttention):
     tokens: Float[Array, "B C D"],
     starts: Bool[Array, "B C"],
     memory: State,
+    content_bias: Bias | None = None,
+    distance_bias: Bias | None = None,
   ) -> tuple[Any, ...]:
-    """What attention is of: queries, keys, values, a mask, terms of position."""
+    """What attention is of: queries, keys, values, a mask, terms of position, zeros."""
     slots = self.memory.slots(memory)
     documents = document_ids(starts)
     if index is None:
@@ -98,11 +176,19 @@ class SlotAttention(MemoryAttention):
       query_documents = jnp.take_along_axis(documents, index, axis=1)
     mask = causal_mask(documents, index, query_documents)
     context, M = tokens.astype(self.dtype), 0
+    zeros = None
     if slots is not None:
       M = slots.values.shape[1]
       context = jnp.concatenate([slots.values.astype(self.dtype), context], axis=1)
       seen = slots.valid[:, None] & (query_documents == 0)[:, :, None]
       mask = jnp.concatenate([seen, mask], axis=2)
+      if self.memory.zeros:
+        zeros = places_before(starts, index, M)
+        mask = mask | zeros
+    if self.memory.window:
+      mask = mask & (_distances(M + index, mask.shape[2]) < self.memory.window)
+    if self.norm is not None:
+      queries, context = self.norm(queries), self.norm(context)
     q = self.query(queries) * self.head_width**-0.5
     k, v = self.key(context), self.value(context)
     if self.positions == "rotary":
@@ -110,13 +196,15 @@ class SlotAttention(MemoryAttention):
       k = rotate(k, jnp.arange(k.shape[1], dtype=jnp.int32)[None])
     scores = None
     if self.positions == "relative":
+      u = self.content_bias if content_bias is None else content_bias
+      v_bias = self.distance_bias if distance_bias is None else distance_bias
       far = self.memory.apart
-      scores = self._by_distance(q, M - far + index, k.shape[1] - far)
+      scores = self._by_distance(q, v_bias, M - far + index, k.shape[1] - far)
       if far:
         apart = self.apart(q, index, self.width)
         scores = jnp.concatenate([apart, scores], axis=3)
-      q = q + (self.content_bias * self.head_width**-0.5).astype(q.dtype)[None, None]
-    return q, k, v, mask, scores
+      q = q + (u * self.head_width**-0.5).astype(q.dtype)[None, None]
+    return q, k, v, mask, scores, zeros
 
   def fold(
     self, tokens: Float[Array, "B C D"], starts: Bool[Array, "B C"], memory: State
@@ -134,19 +222,21 @@ class SlotAttention(MemoryAttention):
     return update.state, losses
 
   def _by_distance(
-    self, q: Float[Array, "B Q H K"], place: Place, keys: int
+    self, q: Float[Array, "B Q H K"], bias: Bias, place: Place, keys: int
   ) -> Float[Array, "B H Q S"]:
     """Transformer-XL's terms (b) and (d) for queries at `place` among S `keys`."""
     S, Q = keys, q.shape[1]
-    table = sinusoids(jnp.arange(S - 1, -1, -1, dtype=jnp.int32), self.width)
+    distances = jnp.arange(S - 1, -1, -1, dtype=jnp.int32)
+    if self.memory.farthest:
+      distances = jnp.minimum(distances, self.memory.farthest)
+    table = sinusoids(distances, self.width)
     r = self.distance(table[None])[0]  # S H K
-    q = q + (self.distance_bias * self.head_width**-0.5).astype(q.dtype)[None, None]
+    q = q + (bias * self.head_width**-0.5).astype(q.dtype)[None, None]
     wide = jnp.promote_types(q.dtype, jnp.float32)
     scores = jnp.einsum("bqhk,whk->bhqw", q, r, preferred_element_type=wide)
     if self.segment == Q and place.shape[0] == 1:
       return by_key(scores, S)
-    distance = place[:, :, None] - jnp.arange(S, dtype=jnp.int32)[None, None]
-    column = jnp.clip(S - 1 - distance, 0, S - 1)[:, None]  # B 1 Q S
+    column = jnp.clip(S - 1 - _distances(place, S), 0, S - 1)[:, None]  # B 1 Q S
     column = jnp.broadcast_to(column, scores.shape)
     return jnp.take_along_axis(scores, column, axis=3)
 
@@ -160,9 +250,9 @@ class SlotAttention(MemoryAttention):
     No gradient flows.
     """
     terms = self._terms(tokens, None, tokens, starts, memory)
-    q, k, _, mask, scores = jax.lax.stop_gradient(terms)
+    q, k, _, mask, scores, zeros = jax.lax.stop_gradient(terms)
     ones = jnp.ones(k.shape, jnp.promote_types(k.dtype, jnp.float32))
-    attend = lambda v: softmax_attention(q, k, v, mask, scores)
+    attend = lambda v: softmax_attention(q, k, v, mask, scores, None, zeros)
     out, transpose = jax.vjp(attend, ones)
     (weights,) = transpose(jnp.ones_like(out))  # B S H K, summed over queries
     return weights.mean(axis=(2, 3)) / q.shape[1]

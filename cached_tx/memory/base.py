@@ -123,6 +123,20 @@ class MemoryModule(nn.Module):
     """How many of the first slots have relative positions of their own."""
     return 0
 
+  def window(self) -> int:
+    """Keys that a query sees, itself included; 0: all there are."""
+    return 0
+
+  @property
+  def farthest(self) -> int:
+    """Largest distance of relative positions, for all that is farther too; 0: any."""
+    return 0
+
+  @property
+  def zeros(self) -> bool:
+    """Whether the M places before a document are zero tokens that are attended to."""
+    return False
+
   @nn.nowrap
   def check(self, segment: int, width: int, heads: int) -> None:
     """Raises ValueError where the memory does not fit the layer around it."""

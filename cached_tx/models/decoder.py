@@ -10,15 +10,18 @@ from jaxtyping import Array
 from cached_tx.layers import (
   ACTIVATIONS,
   MLP,
+  NORMS,
   Block,
   MemoryAttention,
   Stream,
   attention_for,
+  layer_norm,
 )
 from cached_tx.memory import MemoryModule, partitioned
 from cached_tx.types import DType, Hidden, Logits, Losses, Segment, State, Tokens
 
 REMAT = ("none", "dots", "full")
+SLOTS_ONLY = ("head_width", "attention_dropout", "tied_biases")
 
 
 class Period(nn.Module):
@@ -102,6 +105,15 @@ class DecoderLM(nn.Module):
     activation: of the MLPs: gelu, relu or relu2.
     unroll: periods per iteration of the scan over layers: more to compile, and on a
       CPU fewer copies (measured 1.2 times faster with all 4 layers unrolled).
+    norm: where norms stand in a block, as of `Block`; pre has one more before the
+      logits, post and pre_raw have none, as Transformer-XL's code.
+    norm_bias: whether norms have a bias.
+    norm_epsilon: added to a norm's variance: 1e-12 in Transformer-XL's TensorFlow code.
+    output_bias: whether logits have a bias.
+    head_width: K; 0: D / H.
+    attention_dropout: rate on attention weights; None: that of `dropout`.
+    tied_biases: one pair of biases u and v (relative positions) for all layers, as in
+      Transformer-XL's PyTorch code, instead of one for each.
   """
 
   vocab: int
@@ -118,6 +130,13 @@ class DecoderLM(nn.Module):
   remat: str = "none"
   activation: str = "gelu"
   unroll: int = 1
+  norm: str = "pre"
+  norm_bias: bool = False
+  norm_epsilon: float = 1e-5
+  output_bias: bool = False
+  head_width: int = 0
+  attention_dropout: float | None = None
+  tied_biases: bool = False
 
   @nn.nowrap
   def check(self) -> None:
@@ -135,7 +154,15 @@ class DecoderLM(nn.Module):
       )
     if self.unroll < 1:
       raise ValueError(f"model.unroll is {self.unroll}; it counts periods: 1 or more")
+    if self.norm not in NORMS:
+      raise ValueError(f"model.norm is {self.norm!r}; one of {', '.join(NORMS)}")
+    if not 0 <= (self.attention_dropout or 0) < 1:
+      raise ValueError(
+        f"model.attention_dropout is {self.attention_dropout}; it must be at least 0 "
+        "and below 1, or None (as model.dropout)"
+      )
     for memory in self.memories:
+      self._check_reader(memory)
       if self.tbptt < memory.min_tbptt:
         raise ValueError(
           f"tbptt is {self.tbptt}, but {type(memory).__name__} needs "
@@ -145,9 +172,40 @@ class DecoderLM(nn.Module):
     self.blocks()
 
   @nn.nowrap
+  def _check_reader(self, memory: MemoryModule) -> None:
+    """Options of attention to slots are refused where a layer is of another kind."""
+    if memory.reader == "slots":
+      return
+    fields = self.__dataclass_fields__
+    given = [n for n in SLOTS_ONLY if getattr(self, n) != fields[n].default]
+    given += ["norm"] * (self.norm == "pre_raw")
+    if given:
+      raise ValueError(
+        f"model.{given[0]} is {getattr(self, given[0])!r}, an option of layers that "
+        f"attend to slots, but {type(memory).__name__} has another: leave it out, or "
+        "change memory.kind"
+      )
+
+  @nn.nowrap
+  def _norm(self, **options: Any) -> nn.LayerNorm:
+    return layer_norm(self.dtype, self.norm_epsilon, self.norm_bias, **options)
+
+  @nn.nowrap
+  def _slot_options(self, memory: MemoryModule) -> dict[str, Any]:
+    if memory.reader != "slots":
+      return {}
+    return {
+      "channels": self.head_width,
+      "weight_dropout": self.attention_dropout,
+      "tied": self.tied_biases,
+      "norm": self._norm(parent=None) if self.norm == "pre_raw" else None,
+    }
+
+  @nn.nowrap
   def blocks(self) -> tuple[Block, ...]:
     """The blocks of one period, without parameters."""
-    scale = 1 / (2 * self.layers)  # keeps the residual stream's variance near 1
+    # Keeps the residual stream's variance near 1, where no norm does after each sum.
+    scale = 1.0 if self.norm == "post" else 1 / (2 * self.layers)
     period = []
     for memory in self.memories:
       attention = attention_for(
@@ -160,6 +218,7 @@ class DecoderLM(nn.Module):
         output_scale=scale,
         dtype=self.dtype,
         parent=None,
+        **self._slot_options(memory),
       )
       mlp = MLP(
         hidden=self.mlp,
@@ -169,7 +228,8 @@ class DecoderLM(nn.Module):
         dtype=self.dtype,
         parent=None,
       )
-      period.append(Block(attention, mlp, self.dtype, parent=None))
+      norms = (self.norm, self.norm_bias, self.norm_epsilon)
+      period.append(Block(attention, mlp, self.dtype, *norms, parent=None))
     return tuple(period)
 
   @nn.nowrap
@@ -227,6 +287,16 @@ class DecoderLM(nn.Module):
 
   @nn.nowrap
   def _draws(self) -> tuple[Any, ...]:
+    """What layers get besides parameters, stacked: random constants, shared biases."""
+    if self.tied_biases:
+      shape = (self.heads, self.attentions()[0].head_width)
+      init = partitioned(nn.initializers.zeros, "heads", "head_width")
+      pair = [
+        self.param(name, init, shape, jnp.float32)
+        for name in ("content_bias", "distance_bias")
+      ]
+      stacked = tuple(jnp.broadcast_to(b[None], (self.periods, *shape)) for b in pair)
+      return (stacked,) * len(self.memories)
     period = len(self.memories)
     return tuple(
       jax.vmap(a.draw)(jnp.arange(i, self.layers, period))
@@ -278,22 +348,25 @@ class DecoderLM(nn.Module):
       deterministic=deterministic,
       name="stack",
     )
+    draws = self._draws()
     whole = tokens.shape[1] % self.segment == 0 and segment.valid is None
     clocked = any(memory.clocked for memory in self.memories)
     if not _streams(state) and (whole or (clocked and tokens.shape[1] > self.segment)):
-      x, state, losses = self._segments(stack, x, state, segment)
+      x, state, losses = self._segments(stack, x, state, draws, segment)
     else:
-      x, state, losses = stack(x, state, self._draws(), segment)
-    ones = partitioned(nn.initializers.ones, "embed")
-    norm = nn.LayerNorm(
-      dtype=self.dtype, epsilon=1e-5, use_bias=False, scale_init=ones, name="norm"
-    )
+      x, state, losses = stack(x, state, draws, segment)
+    if self.norm == "pre":
+      x = self._norm(name="norm")(x)
     wide = jnp.promote_types(self.dtype, jnp.float32)
-    logits = jnp.einsum("bld,vd->blv", norm(x), embedding, preferred_element_type=wide)
+    logits = jnp.einsum("bld,vd->blv", x, embedding, preferred_element_type=wide)
+    if self.output_bias:
+      init = partitioned(nn.initializers.zeros, "vocab")
+      bias = self.param("output_bias", init, (self.vocab,), jnp.float32)
+      logits = logits + bias.astype(wide)[None, None]
     return logits, state, losses
 
   def _segments(
-    self, stack: Stack, x: Hidden, state: State, segment: Segment
+    self, stack: Stack, x: Hidden, state: State, draws: Any, segment: Segment
   ) -> tuple[Hidden, State, Losses]:
     """Scans the segments of a call, the state being the carry."""
     B, L, D = x.shape
@@ -304,7 +377,6 @@ class DecoderLM(nn.Module):
         f"a call brings {L} tokens{padded}; a state at a segment's boundary takes "
         f"multiples of segment = {C} without padding: pass `open_stream(state)`"
       )
-    draws = self._draws()
 
     def one(stack, state, now):
       x, starts, number = now

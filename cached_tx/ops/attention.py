@@ -18,6 +18,7 @@ def softmax_attention(
   mask: Bool[Array, "B #Q S"],
   scores: Float[Array, "#B #H Q S"] | None = None,
   dropout: Callable[[Array], Array] | None = None,
+  zeros: Bool[Array, "B #Q S"] | None = None,
 ) -> Queries:
   """softmax(q k^T + scores) v over the keys that `mask` shows to each query.
 
@@ -30,6 +31,8 @@ def softmax_attention(
     mask: which keys a query sees.
     scores: added to the product of q and k, on the same scale.
     dropout: applied to the weights.
+    zeros: which keys count, for a query, as zero tokens: their product with it and
+      their value are 0, whatever k and v hold there.
 
   Returns:
     The mean of v under the weights, in the dtype of v; 0 where a query sees no key.
@@ -37,6 +40,8 @@ def softmax_attention(
   """
   wide = jnp.promote_types(q.dtype, jnp.float32)
   logits = jnp.einsum("bqhk,bshk->bhqs", q, k, preferred_element_type=wide)
+  if zeros is not None:
+    logits = jnp.where(zeros[:, None], 0, logits)
   if scores is not None:
     logits = logits + jnp.broadcast_to(scores, logits.shape).astype(logits.dtype)
   logits = jnp.where(mask[:, None], logits, -jnp.inf)
@@ -45,6 +50,8 @@ def softmax_attention(
   total = weights.sum(axis=-1)  # B H Q
   if dropout is not None:
     weights = dropout(weights)
+  if zeros is not None:
+    weights = jnp.where(zeros[:, None], 0, weights)
   out = jnp.einsum("bhqs,bshk->bqhk", weights.astype(v.dtype), v)
   total = jnp.swapaxes(jnp.where(total > 0, total, 1), 1, 2)[..., None]  # B Q H 1
   return (out / total).astype(v.dtype)

@@ -1,5 +1,6 @@
 """Which tokens belong to the same document."""
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
@@ -28,3 +29,22 @@ def causal_mask(
   L = documents.shape[1]
   earlier = jnp.arange(L, dtype=index.dtype)[None, None] <= index[:, :, None]
   return earlier & (documents[:, None] == query_documents[:, :, None])
+
+
+def places_before(
+  starts: Mask, index: Int[Array, "#B Q"], slots: int
+) -> Bool[Array, "B Q S"]:
+  """True at the M places before the document of a query, if it starts in this segment.
+
+  Args:
+    starts: of the L tokens of the segment.
+    index: of the queries, among those tokens.
+    slots: M, how many columns stand before the segment's own: S = M + L.
+  """
+  B, L = starts.shape
+  places = jnp.arange(L, dtype=jnp.int32)[None]
+  latest = jax.lax.cummax(jnp.where(starts, places, -1), axis=1)
+  index = jnp.broadcast_to(index, (B, index.shape[1]))
+  first = jnp.take_along_axis(latest, index, axis=1)[..., None]  # B Q 1
+  columns = jnp.arange(slots + L, dtype=jnp.int32)[None, None]
+  return (first >= 0) & (columns >= first) & (columns < first + slots)

@@ -108,6 +108,35 @@ def test_transformer_xl(positions, seed, size):
       check_fifo(state.recent, row, memory)
 
 
+OPTIONS = {
+  "clamp": ({"clamp": 3}, "relative"),
+  "pytorch": ({"same_length": "pytorch"}, "rotary"),
+  "tensorflow": ({"same_length": "tensorflow"}, "relative"),
+  "zeros": ({"start": "zeros"}, "relative"),
+  "zeros without positions": ({"start": "zeros", "same_length": "pytorch"}, "none"),
+  "all": ({"clamp": 2, "same_length": "tensorflow", "start": "zeros"}, "relative"),
+}
+
+
+@pytest.mark.parametrize("options,positions", OPTIONS.values(), ids=OPTIONS)
+@SEEDS
+def test_options_of_transformer_xl(options, positions, seed):
+  size = 3 + 3 * seed  # shorter and longer than a segment
+  kinds = {"off": None, "pytorch": size, "tensorflow": size + 1}
+  same = kinds[options.get("same_length", "off")]
+  zeros = options.get("start") == "zeros"
+  with precision("float64"):
+    params, forward, _, draw = setup(XLMemory(size, **options), positions)
+    x, starts = inputs(seed)
+    got, state, _ = forward(params, x, starts, draw)
+    own = (C, size, options.get("clamp"), same, zeros)
+    loop = lambda tokens: reference.transformer_xl(params, positions, tokens, *own)
+    want, rest = rows(x, starts, loop)
+    np.testing.assert_allclose(got, want, rtol=0, atol=1e-12)
+    for row, (memory,) in enumerate(rest):
+      check_fifo(state.recent, row, memory)
+
+
 @pytest.mark.parametrize("positions", ["relative", "rotary"])
 @pytest.mark.parametrize("kind", ["mean", "conv"])
 @pytest.mark.parametrize("size,compressed,rate", [(6, 3, 2), (3, 5, 4)])
@@ -200,6 +229,7 @@ def test_favor(positions, seed):
 
 GRADIENTS = {
   "xl": (XLMemory(5), "relative"),
+  "xl-zeros": (XLMemory(5, 3, "tensorflow", "zeros"), "relative"),
   "compressive": (CompressiveMemory(3, 5, 2, "conv", "none"), "rotary"),
   "grc": (GRCMemory(3, 0.5), "rotary"),
   "favor": (FavorMemory(20, chunk=3), "rotary"),

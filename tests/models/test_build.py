@@ -138,6 +138,50 @@ REFUSED = {
   ),
   "tbptt": ({"memory": {"kind": "grc"}, "tbptt": 1}, r"tbptt is 1.*2 or more"),
   "segment": ({"segment": 0}, r"segment is 0"),
+  "clamp": ({"memory": {"clamp": -1}}, r"memory\.clamp is -1"),
+  "clamped turns": (
+    {"memory": {"clamp": 3}},
+    r"memory\.clamp is 3.*model\.positions is 'rotary'",
+  ),
+  "same length": (
+    {"memory": {"same_length": "on"}},
+    r"memory\.same_length is 'on'.*tensorflow",
+  ),
+  "no key": (
+    {"memory": {"same_length": "pytorch", "size": 0}},
+    r"memory\.size 0.*set memory\.same_length",
+  ),
+  "start": ({"memory": {"start": "ones"}}, r"memory\.start is 'ones'.*zeros"),
+  "zero keys with biases": (
+    {"memory": {"start": "zeros"}},
+    r"memory\.start is 'zeros'.*biases.*model\.positions",
+  ),
+  "norm of zeros": (
+    {
+      "model": {"norm": "pre_raw", "norm_bias": True, "positions": "none"},
+      "memory": {"start": "zeros"},
+    },
+    r"memory\.start is 'zeros'.*model\.norm",
+  ),
+  "norm": ({"model": {"norm": "rms"}}, r"model\.norm is 'rms'.*post"),
+  "norm of what is compressed": (
+    {"model": {"norm": "pre_raw"}, "memory": CONV},
+    r"model\.norm is 'pre_raw'.*memory\.loss",
+  ),
+  "attention dropout": (
+    {"model": {"attention_dropout": 1.0}},
+    r"model\.attention_dropout is 1\.0",
+  ),
+  "head width": ({"model": {"head_width": -1}}, r"model\.head_width is -1"),
+  "tied turns": ({"model": {"tied_biases": True}}, r"model\.tied_biases.*relative"),
+  "option of slots": (
+    {"model": {"attention_dropout": 0.1}, "memory": {"kind": "grc"}},
+    r"model\.attention_dropout is 0\.1.*GRCMemory.*memory\.kind",
+  ),
+  "norm of slots": (
+    {"model": {"norm": "pre_raw"}, "memory": {"kind": "favor"}},
+    r"model\.norm is 'pre_raw'.*FavorMemory",
+  ),
 }
 
 

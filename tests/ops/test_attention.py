@@ -61,6 +61,20 @@ def test_gradients_are_finite_and_zero_for_what_is_masked():
   assert not np.asarray(ds)[~np.broadcast_to(hide[:, None], ds.shape)].any()
 
 
+def test_a_key_may_count_as_zeros_for_some_queries():
+  q, k, v, mask, scores = arrays(1)
+  zeros = np.zeros(mask.shape, bool)
+  zeros[0, 0, 1:3] = zeros[1, 2, 0] = True
+  mask = mask | zeros
+  with precision("float64"):
+    args = (jnp.asarray(a) for a in (q, k, v, mask, scores))
+    got = softmax_attention(*args, zeros=jnp.asarray(zeros))
+  for b, i in ((0, 0), (1, 2)):
+    gone = zeros[b, i][None, :, None, None]
+    own = (q, np.where(gone, 0, k), np.where(gone, 0, v), mask, scores)
+    np.testing.assert_allclose(got[b, i], reference(*own)[b, i], rtol=0, atol=1e-14)
+
+
 def test_dropout_acts_on_weights_already_normalised():
   q, k, v, mask, scores = (jnp.asarray(a) for a in arrays())
   twice = softmax_attention(q, k, v, mask, scores, dropout=lambda p: 2 * p)

@@ -1,7 +1,13 @@
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
-from cached_tx.ops.documents import causal_mask, document_ids, last_document
+from cached_tx.ops.documents import (
+  causal_mask,
+  document_ids,
+  last_document,
+  places_before,
+)
 from cached_tx.ops.fifo import Fifo, empty, push
 
 STARTS = jnp.array([[0, 0, 0, 0], [1, 0, 1, 0], [0, 0, 0, 1]], bool)
@@ -24,6 +30,18 @@ def test_a_query_sees_its_document_up_to_itself():
   got = np.asarray(causal_mask(documents, index, documents))
   for b, i, j in np.ndindex(3, 4, 4):
     assert got[b, i, j] == (j <= i and documents[b, i] == documents[b, j])
+
+
+@pytest.mark.parametrize("slots", [0, 2, 5])
+def test_the_places_before_a_document_are_those_of_its_start(slots):
+  index = jnp.array([[3, 1], [0, 2], [3, 2]], jnp.int32)
+  got = np.asarray(places_before(STARTS, index, slots))
+  assert got.shape == (3, 2, slots + 4)
+  first = [[None, None], [0, 2], [3, None]]  # of the query's document, in this segment
+  for b, q, column in np.ndindex(got.shape):
+    start = first[b][q]
+    want = start is not None and -slots <= column - slots - start < 0
+    assert got[b, q, column] == want
 
 
 def filled(size):

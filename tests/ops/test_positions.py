@@ -5,6 +5,7 @@ import pytest
 
 from cached_tx.ops.positions import by_key, rotary_angles, rotate, sinusoids
 from tests.kinds import precision
+from tests.official_xl import load
 
 FAR = 12_345_678
 
@@ -22,6 +23,20 @@ def test_by_key_is_a_gather_without_wrapped_entries(queries, memory):
   with precision("float64"):
     got = jax.jit(by_key, static_argnums=1)(scores, keys)
   np.testing.assert_array_equal(got, want)
+
+
+def test_by_key_equals_the_official_shift_where_a_query_may_look():
+  """Elsewhere the official one has entries of the next row, and this has 0."""
+  _, arrays = load("a_rel_attn_postln_mem7")
+  by_query = lambda name: arrays[f"step2/{name}"].transpose(2, 3, 0, 1)  # B H Q S
+  before, official = by_query("BD_before_shift"), by_query("BD_after_shift_official")
+  with precision("float64"):
+    got = np.asarray(by_key(jnp.asarray(before), before.shape[-1]))
+  hidden = arrays["step2/mask_true_means_hidden"].astype(bool)
+  hidden = hidden.reshape(hidden.shape[:2])[None, None] & np.ones_like(got, bool)
+  np.testing.assert_array_equal(got[~hidden], official[~hidden])
+  np.testing.assert_array_equal(got, by_query("BD_after_shift_valid_only"))
+  assert not got[hidden].any() and official[hidden].any()
 
 
 # Worst error measured on CPU: 3.6e-7.

@@ -77,14 +77,20 @@ def document(history):
   return own, any(start for _, start in history)
 
 
-def transformer_xl(params, positions, tokens, segment, size):
+def transformer_xl(
+  params, positions, tokens, segment, size, clamp=None, window=None, zeros=False
+):
   """Outputs, and the last inputs of the document, the newest last."""
-  memory, now, outs = [], [], []
+  width = len(tokens[0][0])
+  before = [np.zeros(width)] * size if zeros else []  # every document
+  memory, now, outs = before, [], []
   for x, start in tokens:
     now.append((x, start))
     own, began = document(now)
-    seen = own if began else memory + own
+    seen = (before if began else memory) + own
     keys = [(y, len(seen) - 1 - i) for i, y in enumerate(seen)]
+    keys = keys if window is None else keys[-window:]
+    keys = keys if clamp is None else [(y, min(d, clamp)) for y, d in keys]
     outs.append(joined(params, attend(params, positions, x, keys)))
     if len(now) == segment:
       memory = seen[len(seen) - min(size, len(seen)) :]
