@@ -78,7 +78,10 @@ class Odd(NamedTuple):
     (lambda s: pick_rows(s, []), "one or more numbers"),
     (lambda s: pick_rows(s, np.eye(2, dtype=int)), "one or more numbers"),
     (lambda s: pick_rows({"a": s}, [0]), "say with axis="),
-    (lambda s: pick_rows(s, [0], axis=2), "0/memory/recent/tokens has 5 .* 0/tokens has 4"),
+    (
+      lambda s: pick_rows(s, [0], axis=2),
+      "0/memory/recent/tokens has 5 .* 0/tokens has 4",
+    ),
     (lambda s: pick_rows((s[0].phase[0],), [0]), "no rows on axis 1"),
     (lambda s: pick_rows(Odd(jnp.ones(2), jnp.ones(3)), [0]), "a has 2 .* b has 3"),
     (lambda s: stack_rows([]), "states is empty"),
