@@ -100,7 +100,7 @@ def test_a_right_layer_passes():
     ("padding", "the loss of row 1 has a gradient at padding"),
     ("rows", "the loss of row 0 has a gradient at the inputs of other rows"),
     ("empty", "outputs .* of row 0 changed by NaN at empty places of the state"),
-    ("documents", "document 0 of row 0 has a gradient at other documents of its row"),
+    ("documents", "document 1 of row 0 has a gradient at other documents of its row"),
     ("memory", "document 1 of row 0 changed by numbers up to 1e.06 at other documents"),
     ("future", "the tokens up to 0 has a gradient at tokens after token 0"),
     ("gradient", "document 0 of row 0 has a gradient at other documents of its row"),
