@@ -341,7 +341,8 @@ def write(
   if save_state is not None and not Path(save_state).absolute().parent.is_dir():
     raise FileNotFoundError(f"no folder for the state's file {os.fspath(save_state)}")
   if load_state is None:
-    after, before, ids = None, [], own.ids(prompt)[0]
+    after, before = None, list[int]()
+    ids = own.ids(prompt)[0]
   else:
     after, before = _resumed(own, load_state)
     ids = own.tokenizer.encode(prompt)

@@ -123,6 +123,7 @@ class MemoryModule(nn.Module):
     """How many of the first slots have relative positions of their own."""
     return 0
 
+  @property
   def window(self) -> int:
     """Keys that a query sees, itself included; 0: all there are."""
     return 0

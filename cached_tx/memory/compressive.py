@@ -248,9 +248,10 @@ class CompressiveMemory(MemoryModule):
     """Pushes the new slots, and drops all where a document began."""
     count = new.tokens.shape[1]
     kept = queue.valid & ~starts.any(axis=1)[:, None]
-    slots = [queue.tokens, new.tokens.astype(queue.tokens.dtype)]
+    newest = new.tokens.astype(queue.tokens.dtype)
+    slots = jnp.concatenate([queue.tokens, newest], axis=1)
     valid = jnp.concatenate([kept, new.valid], axis=1)
-    slots = jnp.where(valid[..., None], jnp.concatenate(slots, axis=1), 0)
+    slots = jnp.where(valid[..., None], slots, 0)
     return self._counted(Fifo(slots[:, count:], valid[:, count:]))
 
   @nn.nowrap

@@ -101,7 +101,7 @@ def stack_rows(states: Sequence[State], axis: int | None = None) -> State:
   if not states:
     raise ValueError("states is empty; there must be one or more to stack")
   axis = row_axis(states[0]) if axis is None else axis
-  wanted = jax.tree.structure(states[0])
+  wanted: Any = jax.tree.structure(states[0])
   kinds = [_without(axis, state) for state in states]
   for number, state in enumerate(states):
     if jax.tree.structure(state) != wanted:
