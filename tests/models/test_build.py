@@ -58,7 +58,7 @@ REFUSED = {
   "kind": ({"memory": {"kind": "lru"}}, r"memory\.kind is 'lru'.*xl"),
   "memory option": (
     {"memory": {"slots": 3}},
-    r"memory\.slots is 3, but .*xl.* has: size",
+    r"memory\.slots is 3, but .* has: size",
   ),
   "size": ({"memory": {"size": -1}}, r"memory\.size is -1"),
   "rate": ({"memory": CONV | {"rate": 3}}, r"memory\.rate is 3.*divide.*segment"),
