@@ -81,7 +81,6 @@ ORACLE = {
 }  # fmt: skip
 
 
-# Worst error measured on CPU: MEASURED
 @pytest.mark.parametrize("sizes,memory,options", ORACLE.values(), ids=ORACLE)
 def test_layer_equals_a_loop(sizes, memory, options):
   with precision("float64"):
