@@ -42,7 +42,6 @@ def compressor(kind, reach, dilations=()):
 
 
 def close(got, want):
-  """Worst error measured on CPU, relative to the largest number: 4e-16."""
   np.testing.assert_allclose(got, want, rtol=0, atol=1e-13 * np.abs(want).max())
 
 
@@ -257,7 +256,6 @@ OF_ROWS = {
 }
 
 
-# Worst error measured on CPU, relative to the largest number: 5e-16.
 @pytest.mark.parametrize("layer", [0, 1])
 @pytest.mark.parametrize("norm", OF_ROWS)
 @pytest.mark.parametrize("kind", ["attn/unscaled", "attn/scaled", "ae"])
