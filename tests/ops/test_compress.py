@@ -42,7 +42,6 @@ def compressor(kind, reach, dilations=()):
 
 
 def close(got, want):
-  """Worst error measured on CPU, relative to the largest number: 4e-16."""
   np.testing.assert_allclose(got, want, rtol=0, atol=1e-13 * np.abs(want).max())
 
 
@@ -112,7 +111,7 @@ def test_dilated_convolutions(dilations, padding):
 @pytest.mark.parametrize("order", ["time", "usage"])
 def test_most_used(order, rate):
   own = golden("d_compression_functions")
-  n_cm, _, _, block = own["most_used/sizes_ncm_nm_ns_block"]
+  n_cm, _, _, block = (int(n) for n in own["most_used/sizes_ncm_nm_ns_block"])
   usage = own["most_used/attn_weights"].mean(axis=(1, 2))[:, n_cm : n_cm + block]
   np.testing.assert_allclose(usage, own["most_used/usage_block"], atol=1e-16)
   with precision("float64"):
@@ -181,7 +180,8 @@ def test_a_slot_needs_all_its_tokens(kind, reach, first):
   with precision("float64"):
     shown = np.where(valid[..., None], x, np.nan if kind == "max" else 0)
     got = compressor(kind, reach).apply(
-      {"params": params}, Fifo(jnp.asarray(shown), jnp.asarray(valid))
+      {"params": jax.tree.map(jnp.asarray, params)},
+      Fifo(jnp.asarray(shown), jnp.asarray(valid)),
     )
   want = loop(x[0], valid[0], reach, params, kind)
   np.testing.assert_array_equal(got.valid[0], [y is not None for y in want])
@@ -256,7 +256,6 @@ OF_ROWS = {
 }
 
 
-# Worst error measured on CPU, relative to the largest number: 5e-16.
 @pytest.mark.parametrize("layer", [0, 1])
 @pytest.mark.parametrize("norm", OF_ROWS)
 @pytest.mark.parametrize("kind", ["attn/unscaled", "attn/scaled", "ae"])
