@@ -159,8 +159,10 @@ def table() -> str:
 
     def spread(key: str, own: list = own) -> str:
       values = [r[key] for r in own]
-      wide = statistics.stdev(values) if len(values) > 1 else 0.0
-      return f"{statistics.mean(values):.3f} ± {wide:.3f}"
+      mean = f"{statistics.mean(values):.3f}"
+      if len(values) == 1:
+        return f"{mean} (one seed)"
+      return f"{mean} ± {statistics.stdev(values):.3f}"
 
     fast = [r["tokens_per_second"] for r in rates if r["kind"] == kind]
     rate = f"{statistics.median(fast):,.0f}" if fast else "-"

@@ -71,7 +71,6 @@ def _train(values: Any) -> int:
   from cached_tx.report import report
   from cached_tx.train.loop import train
 
-  print("cached-tx: reading the text, compiling the training step", file=sys.stderr)
   result = train(values.config, values.workdir)
   if not result.finished:
     done, steps = int(result.state.step), values.config.steps

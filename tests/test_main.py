@@ -27,6 +27,7 @@ def command(capfdbinary, monkeypatch):
   monkeypatch.chdir(main.Path(main.__file__).parents[1])
 
   def call(*arguments):
+    capfdbinary.readouterr()  # of a run that was trained for the test
     with pytest.raises(SystemExit) as ended:
       main.run(["cached-tx", *map(str, arguments)])
     sys.stdout.flush()

@@ -56,10 +56,7 @@ REFUSED = {
     r"memory\.dtype.*model\.dtype",
   ),
   "kind": ({"memory": {"kind": "lru"}}, r"memory\.kind is 'lru'.*xl"),
-  "memory option": (
-    {"memory": {"slots": 3}},
-    r"memory\.slots is 3, but .* has: size",
-  ),
+  "memory option": ({"memory": {"slots": 3}}, r"memory\.slots is 3, but .*has: size"),
   "size": ({"memory": {"size": -1}}, r"memory\.size is -1"),
   "rate": ({"memory": CONV | {"rate": 3}}, r"memory\.rate is 3.*divide.*segment"),
   "compressor": (

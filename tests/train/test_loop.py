@@ -67,7 +67,8 @@ def test_evaluation_lines_are_of_the_average(ran):
   assert [r["step"] for r in lines] == [EVERY - 1, STEPS - 1]
   experiment = Experiment(own)
   with jax.set_mesh(experiment.mesh), nn.logical_axis_rules(sharding.RULES):
-    validation = loop._validation(experiment)
+    held_out = loop._tokens(experiment, "validation")
+    validation = loop._validation(experiment, held_out)
     assert validation(result.state.ema).loss == pytest.approx(lines[-1]["loss"], 1e-6)
     assert abs(validation(result.state.params).loss - lines[-1]["loss"]) > 1e-3
 
