@@ -15,6 +15,8 @@ READY := $(VENV)/.ready
 PIP := $(PY) -m pip --disable-pip-version-check --no-input
 
 TESTING := JAX_PLATFORMS=$${JAX_PLATFORMS:-cpu}
+# Compiling, most of the time, uses one core. A process may take 4 GB, so there are few.
+PARALLEL := -n auto --maxprocesses 4 --dist worksteal
 
 .DEFAULT_GOAL := help
 .PHONY: help train test lint format typecheck prove bench lock clean
@@ -26,10 +28,10 @@ train: $(READY) ## train the quickstart model (options: ARGS="...")
 	$(PY) -m cached_tx.main train --config configs/quickstart.py --workdir runs/quickstart $(ARGS)
 
 test: $(READY) ## run the tests (options: ARGS="-k name")
-	$(TESTING) $(PY) -m pytest $(ARGS)
+	$(TESTING) $(PY) -m pytest $(PARALLEL) $(ARGS)
 
 prove: $(READY) ## run the long proofs that `make test` leaves out
-	$(TESTING) $(PY) -m pytest -m prove $(ARGS)
+	$(TESTING) $(PY) -m pytest -m prove $(PARALLEL) $(ARGS)
 
 lint: typecheck ## check style, format and types
 	$(PY) -m ruff check .

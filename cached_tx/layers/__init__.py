@@ -9,6 +9,7 @@ from typing import Any
 from cached_tx.layers.base import MemoryAttention
 from cached_tx.layers.block import NORMS, Block, layer_norm
 from cached_tx.layers.clock import Stream
+from cached_tx.layers.dropout import Dropout
 from cached_tx.layers.encoder import EncoderAttention, GatedEncoderAttention
 from cached_tx.layers.gated import GatedAttention, GatedState
 from cached_tx.layers.mlp import ACTIVATIONS, MLP
@@ -37,6 +38,7 @@ __all__ = [
   "NORMS",
   "READERS",
   "Block",
+  "Dropout",
   "EncoderAttention",
   "GatedAttention",
   "GatedEncoderAttention",

@@ -22,6 +22,7 @@ class ApartPositions(nn.Module):
     segment: C.
     heads: H.
     head_width: K.
+    farthest: the distance of all that is farther too; 0: any.
     dtype: of the computation.
   """
 
@@ -29,6 +30,7 @@ class ApartPositions(nn.Module):
   segment: int
   heads: int
   head_width: int
+  farthest: int = 0
   dtype: DType = jnp.float32
 
   @nn.compact
@@ -44,7 +46,10 @@ class ApartPositions(nn.Module):
       width: D, of the sinusoids.
     """
     S, heads = self.slots + self.segment, (self.heads, self.head_width)
-    table = sinusoids(jnp.arange(S - 1, -1, -1, dtype=jnp.int32), width)
+    distances = jnp.arange(S - 1, -1, -1, dtype=jnp.int32)
+    if self.farthest:
+      distances = jnp.minimum(distances, self.farthest)
+    table = sinusoids(distances, width)
     r = ToHeads(*heads, self.dtype, name="distance")(table[None])[0]  # S H K
     init = partitioned(nn.initializers.zeros, "heads", "head_width")
     bias = self.param("distance_bias", init, heads, jnp.float32)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from cached_tx.layers.clock import open_stream
+from cached_tx.layers.dropout import Dropout
 from cached_tx.layers.projections import FromHeads
 from cached_tx.memory import MemoryModule
 from cached_tx.ops.positions import POSITIONS
@@ -138,5 +139,5 @@ class MemoryAttention(nn.Module):
     self.check()
     heads, state, losses = self.mix(x, state, segment, draw, deterministic)
     y = FromHeads(self.width, self.output_scale, self.dtype, name="output")(heads)
-    y = nn.Dropout(self.dropout)(y, deterministic=deterministic)
+    y = Dropout(self.dropout)(y, deterministic=deterministic)
     return y, state, losses

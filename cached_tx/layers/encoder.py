@@ -7,6 +7,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from cached_tx.layers.dropout import Dropout
 from cached_tx.layers.projections import FromHeads, ToHeads
 from cached_tx.memory import GRCMemory, GRCState, Slots, partitioned
 from cached_tx.ops.attention import softmax_attention
@@ -62,7 +63,8 @@ class EncoderAttention(nn.Module):
       q, k = rotate(q, place), rotate(k, place)
     drop = None
     if self.dropout and not deterministic:
-      drop = nn.Dropout(self.dropout, deterministic=False)
+      off = Dropout(self.dropout)
+      drop = lambda weights: off(weights, deterministic=False)
     return self.kernel(q * K**-0.5, k, v, mask, dropout=drop)
 
 
@@ -183,7 +185,7 @@ class GatedEncoderAttention(nn.Module):
     self.output = FromHeads(self.width, 1.0, self.dtype, bias=True)
     if self.projection == "branches":
       self.memory_output = FromHeads(self.channels, 1.0, self.dtype, bias=True)
-    self.drop = nn.Dropout(self.dropout)
+    self.drop = Dropout(self.dropout)
     if self.grid is not None:
       lecun = nn.initializers.lecun_normal()
       self.convolution = nn.Conv(

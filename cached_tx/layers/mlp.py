@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from cached_tx.layers.dropout import Dropout
 from cached_tx.layers.projections import kernel_init
 from cached_tx.memory import partitioned
 from cached_tx.types import DType, Hidden
@@ -52,4 +53,4 @@ class MLP(nn.Module):
       bias_init=partitioned(nn.initializers.zeros, "embed"),
       name="down",
     )(ACTIVATIONS[self.activation](h))
-    return nn.Dropout(self.dropout)(y, deterministic=deterministic)
+    return Dropout(self.dropout)(y, deterministic=deterministic)

@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 from cached_tx.layers import clock
 from cached_tx.layers.apart import ApartPositions
 from cached_tx.layers.base import MemoryAttention
+from cached_tx.layers.dropout import Dropout
 from cached_tx.layers.projections import ToHeads
 from cached_tx.layers.reconstruction import reconstruction_loss
 from cached_tx.memory import partitioned
@@ -114,7 +115,7 @@ class SlotAttention(MemoryAttention):
     self.query = ToHeads(*heads, self.dtype, bias)
     self.key = ToHeads(*heads, self.dtype, bias)
     self.value = ToHeads(*heads, self.dtype)
-    self.drop = nn.Dropout(self._rate)
+    self.drop = Dropout(self._rate)
     if self.positions == "relative":
       self.distance = ToHeads(*heads, self.dtype)
     if self.positions == "relative" and not self.tied:
@@ -122,7 +123,9 @@ class SlotAttention(MemoryAttention):
       self.content_bias = self.param("content_bias", init, heads, jnp.float32)  # u
       self.distance_bias = self.param("distance_bias", init, heads, jnp.float32)  # v
     if self.memory.apart:
-      self.apart = ApartPositions(self.memory.apart, self.segment, *heads, self.dtype)
+      self.apart = ApartPositions(
+        self.memory.apart, self.segment, *heads, self.memory.farthest, self.dtype
+      )
 
   @property
   def _rate(self) -> float:

@@ -84,6 +84,9 @@ class CompressiveMemory(MemoryModule):
       segment, as if there were no recent tokens (the authors' code).
     start: what stands in the memory before a document. empty: nothing. zeros: zero
       tokens, which are attended to and compressed (Algorithm 1).
+    clamp: the largest distance of relative positions, of all tables; 0: any.
+    same_length: how many keys a query sees, as of `XLMemory`; M are all slots. The
+      authors' code has tensorflow.
     dtype: of the compressor's computation.
   """
 
@@ -105,6 +108,8 @@ class CompressiveMemory(MemoryModule):
   gradient: str = "carry"
   tables: str = "one"
   start: str = "empty"
+  clamp: int = 0
+  same_length: str = "off"
   dtype: DType = jnp.float32
 
   @property
@@ -142,6 +147,18 @@ class CompressiveMemory(MemoryModule):
   def apart(self) -> int:
     """How many of the first slots have relative positions of their own."""
     return self.compressed if self.tables == "two" else 0
+
+  @property
+  def window(self) -> int:
+    """Keys that a query sees, itself included; 0: all there are."""
+    if self.same_length == "off":
+      return 0
+    return self.size + self.compressed + (self.same_length == "tensorflow")
+
+  @property
+  def farthest(self) -> int:
+    """Largest distance of relative positions, for all that is farther too; 0: any."""
+    return self.clamp
 
   @property
   def zeros(self) -> bool:

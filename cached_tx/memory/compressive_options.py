@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from cached_tx.memory.xl import SAME_LENGTH, STARTS
 from cached_tx.ops.compress import NORMS, ORDERS
 
 LEARNED = ("conv", "dilated")
@@ -17,7 +18,8 @@ CHOICES = {
   "queries": ("segment", "later"),
   "gradient": ("carry", "slots"),
   "tables": ("one", "two"),
-  "start": ("empty", "zeros"),
+  "start": STARTS,
+  "same_length": SAME_LENGTH,
 }
 READ_BY = {  # options that only some compressors or losses read
   "overlap": ("compressor", LEARNED),
@@ -63,6 +65,13 @@ def _check_sizes(memory: Any) -> None:
     raise ValueError(
       f"memory.dilations is {memory.dilations}; one or more distances in tokens, each "
       "1 or more: for none, set memory.compressor to conv"
+    )
+  if memory.clamp < 0:
+    raise ValueError(f"memory.clamp is {memory.clamp}; a distance, or 0 (off)")
+  if memory.same_length == "pytorch" and not memory.size + memory.compressed:
+    raise ValueError(
+      "memory.same_length is 'pytorch' and there are no slots, so a query would see no "
+      "key, not even its own: set memory.same_length to tensorflow or off"
     )
   if memory.tables == "two" and not memory.compressed:
     raise ValueError(

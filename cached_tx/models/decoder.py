@@ -12,6 +12,7 @@ from cached_tx.layers import (
   MLP,
   NORMS,
   Block,
+  Dropout,
   MemoryAttention,
   Stream,
   attention_for,
@@ -339,7 +340,7 @@ class DecoderLM(nn.Module):
     if segment.valid is not None:
       tokens = jnp.where(segment.valid, tokens, 0)  # padding may have any id
     x = jnp.take(embedding, tokens, axis=0) * jnp.asarray(self.width**0.5, self.dtype)
-    x = nn.Dropout(self.dropout)(x, deterministic=deterministic)
+    x = Dropout(self.dropout)(x, deterministic=deterministic)
     stack = Stack(
       blocks=self.blocks(),
       periods=self.periods,

@@ -1,0 +1,205 @@
+"""How fast a training step of Transformer-XL is, and what other memories add to it.
+
+python -m benchmarks.xl_speed                  all cases, in turn, prints a table
+python -m benchmarks.xl_speed --cases A,B      some of them
+
+A step is forward, backward, clipping and Adam in float32, dropout 0.1. A case's time is
+compared with a product of 2048 x 2048 matrices in the same round, since machines that
+are shared change their speed: the authors' PyTorch code made 2,882 (A) and 713 (B)
+tokens per second on a quiet machine of two cores whose product ran at 190 GFLOP/s, and
+a ratio of 1 is that speed at the product's rate of now. Records are lines of
+benchmarks/results/xl_speed.jsonl.
+"""
+
+import argparse
+import contextlib
+import statistics
+import time
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from benchmarks.machine import describe
+from benchmarks.memories import RESULTS, append, compare
+from cached_tx.data import TrainStream, tokenize
+from cached_tx.inspect.flops import training_flops
+from cached_tx.train import sharding
+from cached_tx.train.experiment import Experiment
+from cached_tx.train.feed import Feed
+from cached_tx.train.loop import prepare
+
+
+class Case(NamedTuple):
+  """A model, and the speed of the authors' PyTorch code where it was measured."""
+
+  sizes: dict[str, int]
+  memory: dict[str, Any]
+  changes: dict[str, Any] = {}  # noqa: RUF012 - never written to
+  official: float = 0.0  # tokens per second at OFFICIAL_PRODUCT
+  beside: str = ""  # the case that this one is a multiple of
+
+
+OFFICIAL_PRODUCT = 190.0  # GFLOP/s
+SMALL = dict(layers=4, width=256, heads=4, mlp=1024, segment=128, batch=16)
+LARGE = dict(layers=6, width=512, heads=8, mlp=2048, segment=256, batch=4)
+XL = dict(kind="xl", size=128)
+COMPRESSIVE = dict(
+  kind="compressive",
+  size=64,
+  compressed=64,
+  rate=4,
+  compressor="conv",
+  loss="attention",
+)
+CASES = {
+  "A": Case(SMALL, XL, official=2882.0),
+  "A without dropout": Case(SMALL, XL, dict(dropout=0.0), beside="A"),
+  "A without positions": Case(SMALL, XL, dict(positions="none"), beside="A"),
+  "A rotary": Case(SMALL, XL, dict(positions="rotary"), beside="A"),
+  "A compressive": Case(SMALL, COMPRESSIVE, beside="A"),
+  "A none": Case(SMALL, dict(kind="none"), beside="A"),
+  "A grc": Case(SMALL, dict(kind="grc", size=128, ratio=0.5), beside="A none"),
+  "B": Case(LARGE, dict(kind="xl", size=256), official=713.0),
+}
+
+
+def config_of(case: Case) -> ConfigDict:
+  """The whole config of a case."""
+  config = compare().get_config("xl")
+  sizes = dict(case.sizes)
+  with config.unlocked():
+    config.memory = ConfigDict(case.memory)
+    config.segment, config.batch = sizes.pop("segment"), sizes.pop("batch")
+    config.segments = config.tbptt = 1
+    config.model.update(sizes)
+    config.model.update(dict(positions="relative", activation="relu", dropout=0.1))
+    config.model.update(case.changes)
+    config.optimizer.update(dict(muon=0.0, peak=2.5e-4, warmup=0, decay=0.0, clip=0.25))
+    if case.memory["kind"] == "grc":  # two segments train its gates
+      config.segments = config.tbptt = 2
+      config.batch //= 2  # as many tokens in a step
+  return config.lock()
+
+
+class Runner:
+  """A case, ready to step."""
+
+  def __init__(self, case: Case):
+    experiment = Experiment(config_of(case))
+    config = experiment.config
+    self.flops = training_flops(experiment.model, config.segments)
+    self._mesh = experiment.mesh
+    length = config.segment * config.segments
+    self._feed = Feed(self._mesh, config.batch, length)
+    tokens = tokenize(experiment.documents("validation"), experiment.tokenizer)
+    self._stream = TrainStream(tokens, rows=config.batch, length=length, seed=0)
+    self.tokens = config.batch * length
+    with self._set():
+      self._state, _, self._step = prepare(experiment)
+    self._number = 0
+
+  @contextlib.contextmanager
+  def _set(self) -> Iterator[None]:
+    with jax.set_mesh(self._mesh), nn.logical_axis_rules(sharding.RULES):
+      yield
+
+  def seconds(self, steps: int) -> float:
+    """Of so many steps."""
+    with self._set():
+      begin = time.perf_counter()
+      for _ in range(steps):
+        batch = self._feed(self._stream.batch(self._number))
+        self._state, metrics = self._step(self._state, batch)
+        self._number += 1
+      jax.block_until_ready(metrics)
+      return time.perf_counter() - begin
+
+
+def product_rate() -> float:
+  """GFLOP/s of a float32 product of 2048 x 2048 matrices, the median of 3."""
+  a = jnp.ones((2048, 2048), jnp.float32)
+  product = jax.jit(jnp.matmul)
+  product(a, a).block_until_ready()
+  times = []
+  for _ in range(3):
+    begin = time.perf_counter()
+    product(a, a).block_until_ready()
+    times.append(time.perf_counter() - begin)
+  return 2 * 2048**3 / statistics.median(times) / 1e9
+
+
+def measure(names: list[str], rounds: int, steps: int) -> list[dict[str, Any]]:
+  """One record for each case and round; the cases take turns."""
+  runners = {name: Runner(CASES[name]) for name in names}
+  for runner in runners.values():
+    runner.seconds(1)  # compiles
+  found = []
+  for number in range(rounds):
+    for name, runner in runners.items():
+      before = product_rate()
+      rate = steps * runner.tokens / runner.seconds(steps)
+      found.append({
+        "case": name,
+        "round": number,
+        "tokens_per_second": round(rate, 1),
+        "product_gflops": round((before + product_rate()) / 2, 1),
+        "step_gflops": round(rate * runner.flops / 1e9, 1),
+      })  # fmt: skip
+  return found
+
+
+def _speed(record: dict[str, Any]) -> float:
+  return record["tokens_per_second"]
+
+
+def table(found: list[dict[str, Any]]) -> str:
+  """Markdown: medians over rounds."""
+
+  def median(name: str, value: Any) -> float:
+    return statistics.median(value(r) for r in found if r["case"] == name)
+
+  rows = [
+    "| case | tokens/s | GFLOP/s | product GFLOP/s | times the authors' code | time |",
+    "|---|---|---|---|---|---|",
+  ]
+  for name in dict.fromkeys(r["case"] for r in found):
+    case = CASES[name]
+    versus = beside = "-"
+    if case.official:
+      scale = case.official / OFFICIAL_PRODUCT
+      ratio = median(name, lambda r, s=scale: _speed(r) / (s * r["product_gflops"]))
+      versus = f"{ratio:.2f}"
+    others = {r["round"]: _speed(r) for r in found if r["case"] == case.beside}
+    if others:
+      ratio = median(name, lambda r, o=others: o[r["round"]] / _speed(r))
+      beside = f"{ratio:.2f} x {case.beside}"
+    rows.append(
+      f"| {name} | {median(name, _speed):,.0f} "
+      f"| {median(name, lambda r: r['step_gflops']):.0f} "
+      f"| {median(name, lambda r: r['product_gflops']):.0f} | {versus} | {beside} |"
+    )
+  return "\n".join(rows)
+
+
+def main() -> None:
+  """Runs what the command line asks for."""
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument("--cases", default=",".join(CASES), help="comma-separated")
+  parser.add_argument("--rounds", type=int, default=7)
+  parser.add_argument("--steps", type=int, default=2, help="in a round")
+  parser.add_argument("--dry", action="store_true", help="write no records")
+  args = parser.parse_args()
+  found = measure(args.cases.split(","), args.rounds, args.steps)
+  if not args.dry:
+    about = describe()
+    for record in found:
+      append(RESULTS / "xl_speed.jsonl", record | about)
+  print(table(found))
+
+
+if __name__ == "__main__":
+  main()

@@ -1,0 +1,55 @@
+"""Dropout: how much, how independent, and where."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as Axes
+
+from cached_tx.layers.dropout import Dropout, kept
+
+SHAPE = (64, 16, 515)  # the last axis is no multiple of 4
+
+
+@pytest.mark.parametrize("rate", [0.05, 0.1, 0.5, 0.999])
+def test_rate(rate):
+  lost = ~np.asarray(kept(jax.random.key(0), rate, SHAPE))
+  sigma = np.sqrt(rate * (1 - rate) / lost.size + (0.5 / 256) ** 2 / 1024)
+  assert abs(lost.mean() - rate) < 5 * sigma
+
+
+def test_limits_are_rounded_by_chance():
+  lost = ~np.asarray(kept(jax.random.key(1), 0.5 / 256, (4096, 256)))
+  none = (lost.sum(axis=1) == 0).mean()  # half of the rows, and e^-1 of the others
+  assert abs(none - (0.5 + 0.5 * np.exp(-1))) < 0.04
+
+
+def test_neighbours_are_independent():
+  lost = ~np.asarray(kept(jax.random.key(2), 0.25, (512, 1024)))
+  for axis in (0, 1):
+    for step in (1, 2, 3, 4, 5):
+      a = lost.take(range(lost.shape[axis] - step), axis)
+      b = lost.take(range(step, lost.shape[axis]), axis)
+      assert abs(np.corrcoef(a.ravel(), b.ravel())[0, 1]) < 0.01
+
+
+def test_scaled_and_off():
+  x = jnp.full((8, 128), 3.0)
+  layer = Dropout(0.25)
+  y = layer.apply({}, x, deterministic=False, rngs={"dropout": jax.random.key(0)})
+  assert set(np.unique(np.asarray(y))) == {0.0, 4.0}
+  chex.assert_trees_all_equal(layer.apply({}, x, deterministic=True), x)
+  chex.assert_trees_all_equal(Dropout(0.0).apply({}, x, deterministic=False), x)
+
+
+@pytest.mark.parametrize("axes", [("a",), (None, "a"), (None, None, "a")])
+def test_the_same_on_any_layout(axes):
+  mesh = Mesh(np.array(jax.devices()), ("a",))
+  draw = lambda key: kept(key, 0.1, (8, 16, 64))
+  place = NamedSharding(mesh, Axes(*axes))
+  key = jax.random.key(3)
+  spread = jax.jit(draw, out_shardings=place)(key)
+  assert len(spread.sharding.device_set) == 8
+  chex.assert_trees_all_equal(np.asarray(spread), np.asarray(jax.jit(draw)(key)))
