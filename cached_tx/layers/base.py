@@ -74,6 +74,11 @@ class MemoryAttention(nn.Module):
   def initial_state(self, batch: int) -> State:
     """The empty memory of `batch` rows, at the boundary of a segment."""
     self.check()
+    return self.empty(batch)
+
+  @nn.nowrap
+  def empty(self, batch: int) -> State:
+    """The layer's own memory, of nothing."""
     return self.memory.initial_state(batch, self.width, self.heads, self.dtype)
 
   @nn.nowrap

@@ -1,12 +1,14 @@
 """The clock of memories that change every C tokens, whatever the calls bring.
 
-A module with a clock offers two methods:
+A module with a clock offers three methods:
 
   read(queries, index, tokens, starts, memory, deterministic) -> arrays, B Q first
     what the queries, standing at `index` among the C tokens of their segment, find
     in the memory and in the tokens up to their own. None: all C, in order;
   fold(tokens, starts, memory) -> (memory, losses)
-    the memory after the whole segment.
+    the memory after the whole segment;
+  empty(batch) -> memory
+    the memory of nothing, which a document begins with.
 
 A boundary state is the memory itself; it takes whole segments without padding, all at
 once. A `Stream` also carries the unfinished segment; it takes any number of tokens, of
@@ -60,6 +62,9 @@ class Clocked(Protocol):
 
   def fold(self, tokens: Any, starts: Any, memory: State) -> tuple[State, Losses]:
     """The memory after the segment."""
+
+  def empty(self, batch: int) -> State:
+    """The memory of nothing."""
 
 
 def open_stream(
@@ -115,6 +120,19 @@ def _where(rows: Bool[Array, "B"], new: Any, old: Any) -> Any:
   return jax.tree.map(pick, new, old)
 
 
+def _begun(module: Any, stream: Stream, start: Bool[Array, "B"]) -> Stream:
+  """The stream where a document begins: nothing of an older one stays in it."""
+
+  def clear(stream):
+    empty = module.empty(len(start))
+    gone = start[:, None, None]
+    tokens = jnp.where(gone, 0, stream.tokens)
+    memory = _where(start, empty, stream.memory)
+    return stream._replace(memory=memory, tokens=tokens)
+
+  return jax.lax.cond(start.any(), clear, lambda stream: stream, stream)
+
+
 def _run_stream(
   module: Any,
   x: Hidden,
@@ -131,6 +149,7 @@ def _run_stream(
 
   def token(module, stream, now):
     x, start, valid = now  # B D, B, B
+    stream = _begun(module, stream, start)
     here = (jnp.arange(C)[None] == stream.phase[:, None]) & valid[:, None]
     x = x[:, None].astype(stream.tokens.dtype)  # B 1 D
     tokens = jnp.where(here[..., None], x, stream.tokens)

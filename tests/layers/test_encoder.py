@@ -271,7 +271,7 @@ def test_training_is_what_dropout_says_unless_told():
 
   def run(key, **options):
     rngs = {"dropout": jax.random.key(key)}
-    args = (np.float32(x), start, segment)
+    args = (jnp.asarray(x, jnp.float32), start, segment)
     return layer.apply({"params": params}, *args, rngs=rngs, **options)[:2]
 
   y, state = run(0, deterministic=False)

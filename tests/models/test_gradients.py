@@ -7,6 +7,7 @@ import numpy as np
 import optax
 import pytest
 
+from cached_tx.layers import Dropout
 from cached_tx.models import DecoderLM
 from cached_tx.types import Segment
 from tests.kinds import (
@@ -36,7 +37,7 @@ def apply_moved(model, params, moved, tokens, state, segment):
 
   def move(following, args, kwargs, context):
     own = context.module
-    if isinstance(own, nn.Dropout) and isinstance(own.parent, DecoderLM):
+    if isinstance(own, Dropout) and isinstance(own.parent, DecoderLM):
       args = (args[0] + moved, *args[1:])
     return following(*args, **kwargs)
 

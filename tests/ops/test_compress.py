@@ -300,8 +300,8 @@ def test_the_losses_of_both_layers_are_summed():
       )
       for i in (0, 1)
     ]
-  want = own["total_over_layers/attn/scaled/l2_mean_over_batch"]
-  close(sum(rows).mean(), want)
+    want = own["total_over_layers/attn/scaled/l2_mean_over_batch"]
+    close(sum(rows).mean(), want)
 
 
 @pytest.mark.parametrize("name", ["even", "ragged"])

@@ -1,0 +1,125 @@
+"""Prints how far the package is from every golden file: the table of docs/parity.md.
+
+JAX_PLATFORMS=cpu python -m tests.parity
+
+It runs the tests that read the files, and notes the errors that they look at.
+"""
+
+import itertools
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest import mock
+
+import jax
+
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+import numpy as np  # noqa: E402
+
+from tests.kinds import precision  # noqa: E402
+from tests.layers import (  # noqa: E402
+  test_compressive,
+  test_grc_golden,
+  test_transformer_xl,
+)
+from tests.models import test_transformer_xl as test_models  # noqa: E402
+from tests.ops import test_compress  # noqa: E402
+
+
+class Errors:
+  """The largest error, relative to the largest number of its array, and how many."""
+
+  def __init__(self):
+    self.worst, self.arrays = 0.0, 0
+
+  def note(self, got: Any, want: Any, *_: Any) -> None:
+    """Takes the place of a comparison: of arrays, or of trees of them."""
+    pairs = zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True)
+    for a, b in ((np.asarray(a), np.asarray(b)) for a, b in pairs):
+      assert a.shape == b.shape, (a.shape, b.shape)
+      self.arrays += 1
+      if b.dtype.kind != "f":
+        assert (a == b).all()
+      elif b.size:
+        gap = np.abs(np.float64(a) - np.float64(b)).max()
+        self.worst = max(self.worst, float(gap / (np.abs(b).max() or 1.0)))
+
+
+def calls(test: Any) -> Iterator[tuple[Any, ...]]:
+  """The arguments that a test is parametrised with."""
+  marks = [m for m in test.pytestmark if m.name == "parametrize"]
+  values = [[getattr(v, "values", v) for v in mark.args[1]] for mark in marks[::-1]]
+  for picked in itertools.product(*values):
+    yield tuple(x for v in picked for x in (v if isinstance(v, tuple) else (v,)))
+
+
+def noted(module: Any, name: str, run: Callable[[], Any]) -> Errors:
+  """What `run` compares by the function `name` of the module."""
+  errors = Errors()
+  with mock.patch.object(module, name, errors.note):
+    run()
+  return errors
+
+
+def of_xl() -> Iterator[tuple[str, Errors]]:
+  """Transformer-XL's files, whose tests return errors."""
+  for names, find in (
+    (test_transformer_xl.FILES, test_transformer_xl.errors),
+    (test_models.TORCH, test_models.torch_errors),
+    (test_models.TENSORFLOW, test_models.tf_errors),
+  ):
+    for name in names:
+      errors = Errors()
+      with precision("float64"):
+        found = find(name)
+      errors.worst, errors.arrays = max(found.values()), len(found)
+      yield f"xl/{name}", errors
+
+
+def of_compressive() -> Iterator[tuple[str, Errors]]:
+  """Files of the Compressive Transformer."""
+  whole = test_compressive
+  tests = [(n, whole.test_algorithm_1) for n in whole.ALGORITHM]
+  tests += [(n, whole.test_the_authors_code) for n in whole.AUTHORS]
+  for name, test in tests:
+    yield name, noted(whole, "close", lambda n=name, t=test: t(n))
+  parts = {
+    "d_compression_functions": (
+      test_compress.test_neighbours,
+      test_compress.test_the_gradient_of_a_convolution,
+      test_compress.test_dilated_convolutions,
+    ),
+    "d_losses": (test_compress.test_losses,),
+    "d_fifo_and_buckets": (test_compress.test_buckets,),
+  }
+  for name, own in parts.items():
+
+    def run(own=own):
+      for test in own:
+        for args in calls(test):
+          test(*args)
+
+    yield name, noted(test_compress, "close", run)
+
+
+def of_grc() -> Iterator[tuple[str, Errors]]:
+  """Files of the gated recurrent cache."""
+  for name in test_grc_golden.CASES:
+    test = test_grc_golden.test_the_authors_layer
+    run = lambda n=name, t=test: t(n)
+    yield f"grc/{name}", noted(test_grc_golden, "assert_close", run)
+
+
+def main() -> None:
+  """Prints markdown rows as they are found."""
+  print("| file of `tests/golden` | worst error |\n|---|---|")
+  for name, errors in itertools.chain(of_xl(), of_compressive(), of_grc()):
+    assert errors.arrays, name
+    print(f"| `{name}` | {errors.worst:.1e} |")
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+  main()
