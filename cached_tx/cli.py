@@ -47,7 +47,7 @@ def execute(name: str, command: Command, arguments: list[str]) -> int:
     if {"-h", "--help"} & set(arguments):
       print(help_text(name, command, values))
       return 0
-    _parse(values, argv)
+    _parse(values, [_underscored(argument, values) for argument in argv])
     return command.run(values) or 0
   except (ValueError, OSError, FloatingPointError, flags.Error) as error:
     if "--debug_errors" in arguments:
@@ -68,6 +68,14 @@ def _leave_others(error: Exception | None = None) -> None:
     if error is not None:
       traceback.print_exception(error)
     processes.leave_at_once(1)
+
+
+def _underscored(argument: str, values: flags.FlagValues) -> str:
+  """--load-state, where the flag is named --load_state."""
+  name, *rest = argument.split("=", 1)
+  own = name.removeprefix("--").replace("-", "_")
+  is_flag = name.startswith("--") and own in values
+  return "=".join([f"--{own}", *rest]) if is_flag else argument
 
 
 def _parse(values: flags.FlagValues, argv: list[str]) -> None:

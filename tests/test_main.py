@@ -114,7 +114,7 @@ def test_a_document_is_read_once_and_asked_often(command, tmp_path):
     assert command(*own, f"--load-state={saved}", "--tokens=24")[1] == whole
   later = tmp_path / "later"
   start = command(*own, f"--load_state={saved}", "--tokens=9", f"--save_state={later}")
-  end = command(*own, f"--load_state={later}", "--tokens=15")
+  end = command(*own, f"--load-state={later}", "--tokens=15")
   assert start[1] + end[1] == whole
   _, asked, _ = command(*own, "--prompt=In the beginning", "--tokens=24")
   got = command(*own, f"--load_state={saved}", "--prompt= beginning", "--tokens=24")
