@@ -100,6 +100,8 @@ def _define_evaluate(values: flags.FlagValues, argv: list[str]) -> None:
   flags.DEFINE_integer("rows", 0, text, 0, **own)
   text = "at most so many segments of every row; 0: the whole split"
   flags.DEFINE_integer("segments", 0, text, 0, **own)
+  text = "one text in equal lanes, as the code of Transformer-XL reads it"
+  flags.DEFINE_bool("ordered", False, text, **own)
   _step(values)
   _json(values)
 
@@ -115,6 +117,7 @@ def _evaluate(values: Any) -> None:
     changes=values.set,
     rows=values.rows,
     segments=values.segments,
+    ordered=values.ordered,
     step=values.step,
   )
   _show(text(found), found, values.json)

@@ -14,6 +14,12 @@ from cached_tx.layers.gated import GatedAttention, GatedState
 from cached_tx.layers.mlp import ACTIVATIONS, MLP
 from cached_tx.layers.slots import SlotAttention
 from cached_tx.layers.sums import SumsAttention
+from cached_tx.layers.vocabulary import (
+  Adaptive,
+  AdaptiveVocabulary,
+  Vocabulary,
+  vocabulary_for,
+)
 from cached_tx.memory import MemoryModule
 
 READERS: dict[str, type[MemoryAttention]] = {
@@ -36,6 +42,8 @@ __all__ = [
   "MLP",
   "NORMS",
   "READERS",
+  "Adaptive",
+  "AdaptiveVocabulary",
   "Block",
   "EncoderAttention",
   "GatedAttention",
@@ -45,6 +53,8 @@ __all__ = [
   "SlotAttention",
   "Stream",
   "SumsAttention",
+  "Vocabulary",
   "attention_for",
   "layer_norm",
+  "vocabulary_for",
 ]
