@@ -191,6 +191,24 @@ def _inspect(values: Any) -> None:
   _show(text(found), found, values.json)
 
 
+def _define_convert(values: flags.FlagValues, argv: list[str]) -> None:
+  _config(values, argv)
+  _workdir(values, "folder of the run that is made")
+  text = "a .safetensors or .npz file of Transformer-XL's own code"
+  flags.DEFINE_string("weights", None, text, flag_values=values)
+
+
+def _convert(values: Any) -> None:
+  _required(values, "config", "weights", "workdir")
+  from cached_tx.convert import convert
+
+  found = convert(values.config, values.weights, values.workdir)
+  print(
+    f"{found['workdir']} has {found['parameters']:,} parameters of {values.weights}, "
+    f"for {found['vocab']:,} ids"
+  )
+
+
 def _show(text: str, found: dict[str, Any], path: str | None) -> None:
   print(text)
   if path is not None:
@@ -207,6 +225,9 @@ COMMANDS = {
   "generate": Command("sample text, as it comes", _define_generate, _generate),
   "inspect": Command(
     "parameters, states, FLOPs and bytes, without running", _define_inspect, _inspect
+  ),
+  "convert": Command(
+    "make a run of weights from Transformer-XL's own code", _define_convert, _convert
   ),
 }
 

@@ -42,6 +42,7 @@ def get_config(mode="full"):
       pattern=(),
       norm="post",
       norm_bias=True,
+      norm_epsilon=1e-5,  # 1e-12 in the TensorFlow code
       output_bias=True,
       attention_dropout=0.0,
       tied_biases=True,  # one pair of u and v for all layers

@@ -43,8 +43,10 @@ def get_config(mode="full"):
       pattern=(),
       norm="post",
       norm_bias=True,
+      norm_epsilon=1e-5,  # 1e-12 in the TensorFlow code
       output_bias=True,
       attention_dropout=0.0,
+      tied_biases=False,  # the PyTorch code has one pair of u and v for all layers
       vocabulary=dict(  # ids fall from frequent to rare
         cutoffs=(20_000, 40_000, 200_000),
       ),

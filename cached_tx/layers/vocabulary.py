@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from cached_tx.layers.projections import kernel_init
@@ -138,13 +139,13 @@ class Vocabulary(nn.Module):
 
   def embed(self, tokens: Tokens) -> Hidden:
     """The embeddings of ids below V."""
-    rows = self.embedding.astype(self.dtype)
+    rows = jnp.asarray(self.embedding, self.dtype)
     return jnp.take(rows, tokens, axis=0) * _scale(self.width, self.dtype)
 
   def logits(self, x: Hidden) -> Logits:
     """The logits of all ids."""
     bias = self.output_bias if self.bias else None
-    return _products(x, self.embedding.astype(self.dtype), bias)
+    return _products(x, jnp.asarray(self.embedding, self.dtype), bias)
 
 
 class Table(nn.Module):
@@ -236,10 +237,10 @@ class AdaptiveVocabulary(nn.Module):
     for table, projection in zip(self.tables, self.projections, strict=True):
       own = tokens - begin
       inside = (own >= 0) & (own < table.rows)
-      rows = table.embedding.astype(self.dtype)
+      rows = jnp.asarray(table.embedding, self.dtype)
       x = jnp.take(rows, jnp.where(inside, own, 0), axis=0)
       if projection is not None:
-        x = jnp.einsum("ble,ed->bld", x, projection.kernel.astype(self.dtype))
+        x = jnp.einsum("ble,ed->bld", x, jnp.asarray(projection.kernel, self.dtype))
       x = jnp.where(inside[..., None], x, 0)
       total = x if total is None else total + x
       begin += table.rows
@@ -262,7 +263,7 @@ class AdaptiveVocabulary(nn.Module):
     own, first = self.choices, i == 0 and bool(self.choices.cutoffs)
     kernel = self._output_projection(i)
     if kernel is not None:
-      x = jnp.einsum("bld,ed->ble", x, kernel.astype(self.dtype))
+      x = jnp.einsum("bld,ed->ble", x, jnp.asarray(kernel, self.dtype))
     tables = self.tables if own.tied else self.output_tables
     rows = tables[0].embedding[begin:end]
     if own.divisor > 1:
@@ -272,9 +273,9 @@ class AdaptiveVocabulary(nn.Module):
       rows = jnp.concatenate([rows, self.clusters])
     if first and bias is not None:
       bias = jnp.concatenate([bias, self.cluster_bias])
-    return _products(x, rows.astype(self.dtype), bias)
+    return _products(x, jnp.asarray(rows, self.dtype), bias)
 
-  def _output_projection(self, i: int) -> Float[Array, "E D"] | None:
+  def _output_projection(self, i: int) -> ArrayLike | None:
     own = self.choices
     if not own.projected(self.width)[i]:
       return None
@@ -289,15 +290,15 @@ def vocabulary_for(
   """The vocabulary of these choices; `shared` as of `Vocabulary`, in its order."""
   if choices is None:
     return Vocabulary(*shared)
-  return AdaptiveVocabulary(*shared, choices)
+  return AdaptiveVocabulary(*shared, choices=choices)
 
 
 def _scale(width: int, dtype: DType) -> Array:
   return jnp.asarray(width**0.5, dtype)
 
 
-def _products(x: Hidden, rows: Rows, bias: Float[Array, "V"] | None) -> Logits:
+def _products(x: Hidden, rows: Rows, bias: ArrayLike | None) -> Logits:
   """Products of x and rows, in float32 at least, and their biases."""
   wide = jnp.promote_types(x.dtype, jnp.float32)
   logits = jnp.einsum("ble,ve->blv", x, rows, preferred_element_type=wide)
-  return logits if bias is None else logits + bias.astype(wide)[None, None]
+  return logits if bias is None else logits + jnp.asarray(bias, wide)[None, None]
