@@ -210,30 +210,33 @@ class AdaptiveVocabulary(nn.Module):
     projected = own.projected(D)
     if own.divisor == 1:
       sizes, channels = [self.vocab], channels[:1]
-    maps = zip(channels, projected, strict=False)
     self.tables = [Table(*of) for of in zip(sizes, channels, strict=True)]
-    self.projections = [Projection(E, D) if there else None for E, there in maps]
+    maps = zip(channels, projected, strict=False)
+    self.projections: Any = [Projection(E, D) if there else None for E, there in maps]
     if not own.tied:
       self.output_tables = [Table(*of) for of in zip(sizes, channels, strict=True)]
-    maps = zip(own.channels(D), projected, own.ties(), strict=True)
-    self.output_projections = [
-      Projection(E, D) if there and not tied else None for E, there, tied in maps
+    pairs = zip(projected, own.ties(), strict=True)
+    free = [there and not tied for there, tied in pairs]
+    self.output_projections: Any = [
+      Projection(E, D) if its else None
+      for E, its in zip(own.channels(D), free, strict=True)
     ]
     zeros = nn.initializers.zeros
     if own.cutoffs:
-      shape = (len(own.cutoffs), channels[0])
+      count = len(own.cutoffs)
       init = partitioned(zeros, None, "embed")
+      shape = (count, channels[0])
       self.clusters = self.param("clusters", init, shape, jnp.float32)
     if self.bias:
       init = partitioned(zeros, "vocab")
       self.output_bias = self.param("output_bias", init, (self.vocab,), jnp.float32)
     if self.bias and own.cutoffs:
-      init, shape = partitioned(zeros, None), (len(own.cutoffs),)
-      self.cluster_bias = self.param("cluster_bias", init, shape, jnp.float32)
+      init = partitioned(zeros, None)
+      self.cluster_bias = self.param("cluster_bias", init, (count,), jnp.float32)
 
   def embed(self, tokens: Tokens) -> Hidden:
     """The embeddings of ids below V."""
-    total, begin = None, 0
+    total, begin = jnp.zeros((), self.dtype), 0
     for table, projection in zip(self.tables, self.projections, strict=True):
       own = tokens - begin
       inside = (own >= 0) & (own < table.rows)
@@ -242,7 +245,7 @@ class AdaptiveVocabulary(nn.Module):
       if projection is not None:
         x = jnp.einsum("ble,ed->bld", x, jnp.asarray(projection.kernel, self.dtype))
       x = jnp.where(inside[..., None], x, 0)
-      total = x if total is None else total + x
+      total = x if not begin else total + x
       begin += table.rows
     return total * _scale(self.width, self.dtype)
 
@@ -285,12 +288,16 @@ class AdaptiveVocabulary(nn.Module):
 
 
 def vocabulary_for(
-  choices: Adaptive | None, *shared: Any
+  choices: Adaptive | None,
+  vocab: int,
+  width: int,
+  bias: bool = False,
+  dtype: DType = jnp.float32,
 ) -> Vocabulary | AdaptiveVocabulary:
-  """The vocabulary of these choices; `shared` as of `Vocabulary`, in its order."""
+  """The vocabulary of these choices; the rest as of `Vocabulary`, in its order."""
   if choices is None:
-    return Vocabulary(*shared)
-  return AdaptiveVocabulary(*shared, choices=choices)
+    return Vocabulary(vocab, width, bias, dtype)
+  return AdaptiveVocabulary(vocab, width, bias, dtype, choices)
 
 
 def _scale(width: int, dtype: DType) -> Array:

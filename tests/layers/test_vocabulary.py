@@ -144,10 +144,9 @@ def test_parameters_are_divided_over_devices():
   }
 
 
-@pytest.mark.parametrize("name", ["divided", "parts of a narrow one"])
-def test_embeddings_and_logits_begin_near_one(name):
+def test_embeddings_and_logits_begin_near_one():
   """However narrow their rows: variances at initialisation, over 2,000 ids."""
-  choices = CHOICES[name]._replace(cutoffs=(500, 1000))
+  choices = CHOICES["divided"]._replace(cutoffs=(500, 1000))
   tokens = jnp.arange(2000)[None]
 
   def embeddings_and_logits(key):
@@ -156,6 +155,6 @@ def test_embeddings_and_logits_begin_near_one(name):
     both = lambda words: (words.embed(tokens), words._cluster(x, 2, 1000, 2000))
     return words.init_with_output(key, method=both)[0]
 
-  x, logits = jax.jit(embeddings_and_logits)(jax.random.key(0))
+  x, logits = jit(embeddings_and_logits)(jax.random.key(0))
   for part in (x[0, :500], x[0, 500:1000], x[0, 1000:], logits):
     assert 0.6 < float(part.var()) < 1.6
