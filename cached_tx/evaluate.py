@@ -25,6 +25,7 @@ def evaluate(
   changes: Sequence[str] = (),
   rows: int = 0,
   segments: int = 0,
+  ordered: bool = False,
   step: int | None = None,
 ) -> dict[str, Any]:
   """Evaluates a checkpoint.
@@ -38,6 +39,8 @@ def evaluate(
     rows: lanes that the text is cut into; 0: eval.batch. Each but the first begins
       inside a document without memory, so fewer are kinder, and slower.
     segments: at most so many of every lane; 0: the whole split.
+    ordered: the text is one document in lanes as Transformer-XL's code cuts it, for
+      comparisons with published numbers: see `OrderedBatches`.
     step: of the checkpoint; None for the newest valid one.
 
   Returns:
@@ -55,9 +58,8 @@ def evaluate(
     )
   experiment = Experiment(given.config, usable_mesh(given, rows))
   params, step = experiment.restore_params(workdir, step)
-  found = measured(
-    experiment, params, split=split, memory=memory, rows=rows, segments=segments
-  )
+  choices: Any = dict(rows=rows, segments=segments, ordered=ordered)
+  found = measured(experiment, params, split=split, memory=memory, **choices)
   return {"workdir": os.fspath(workdir), "step": step, "set": [*changes], **found}
 
 
@@ -87,15 +89,17 @@ def measured(
   memory: Sequence[str] = ("kept",),
   rows: int,
   segments: int = 0,
+  ordered: bool = False,
 ) -> dict[str, Any]:
   """Evaluates parameters on a split.
 
   Returns:
     JSON data: what was read (split, documents, bytes, words and the rule by which
     they were counted, targets, whether it was the whole split), how (rows, segment,
-    attended slots of every layer of the period), and "scores": for each choice of
-    memory the loss in nats per token, bits per byte, perplexity per token, and per
-    word where the whole split was read (else None).
+    whether in the order of `OrderedBatches`, attended slots of every layer of the
+    period), and "scores": for each choice of memory the loss in nats per token, bits
+    per byte, perplexity per token, and per word where the whole split was
+    predicted (else None).
 
   Raises:
     ValueError: an unknown split or memory.
@@ -109,10 +113,15 @@ def measured(
   tokens = tokenize(documents, experiment.tokenizer)
   with jax.set_mesh(experiment.mesh), nn.logical_axis_rules(sharding.RULES):
     evaluator = Evaluator(
-      model, tokens, rows=rows, mesh=experiment.mesh, segments=segments
+      model,
+      tokens,
+      rows=rows,
+      mesh=experiment.mesh,
+      segments=segments,
+      ordered=ordered,
     )
     results = {name: evaluator(params, name) for name in memory}
-  targets = evaluator.batches.targets
+  every = len(tokens.flat) - len(tokens.begins)
   whole = not segments or segments >= len(evaluator.batches)
   return {
     "data": experiment.config.data.name,
@@ -124,11 +133,14 @@ def measured(
     "words_rule": size.rule,
     "targets": next(iter(results.values())).targets if results else 0,
     "rows": rows,
+    "ordered": ordered,
     "segment": model.segment,
     "attended_slots": attended_slots(model),
     "devices": experiment.mesh.size,
     "scores": {
-      name: _score(result, size.bytes / targets, size.words if whole else None)
+      name: _score(
+        result, size.bytes / every, size.words if whole and not ordered else None
+      )
       for name, result in results.items()
     },
   }
@@ -155,6 +167,7 @@ def text(found: dict[str, Any]) -> str:
   """What `evaluate` found, for people."""
   kinds = ["running sums" if s is None else f"{s}" for s in found["attended_slots"]]
   part = "whole split" if found["whole"] else "beginning of every row only"
+  part += ", as one ordered text" * found["ordered"]
   lines = [
     f"{found['data']} {found['split']}, {part}: {found['targets']:,} tokens predicted "
     f"of {found['bytes']:,} bytes in {found['documents']:,} documents, "

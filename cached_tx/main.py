@@ -100,6 +100,8 @@ def _define_evaluate(values: flags.FlagValues, argv: list[str]) -> None:
   flags.DEFINE_integer("rows", 0, text, 0, **own)
   text = "at most so many segments of every row; 0: the whole split"
   flags.DEFINE_integer("segments", 0, text, 0, **own)
+  text = "one text in equal lanes, as the code of Transformer-XL reads it"
+  flags.DEFINE_bool("ordered", False, text, **own)
   _step(values)
   _json(values)
 
@@ -115,6 +117,7 @@ def _evaluate(values: Any) -> None:
     changes=values.set,
     rows=values.rows,
     segments=values.segments,
+    ordered=values.ordered,
     step=values.step,
   )
   _show(text(found), found, values.json)
@@ -188,6 +191,24 @@ def _inspect(values: Any) -> None:
   _show(text(found), found, values.json)
 
 
+def _define_convert(values: flags.FlagValues, argv: list[str]) -> None:
+  _config(values, argv)
+  _workdir(values, "folder of the run that is made")
+  text = "a .safetensors or .npz file of Transformer-XL's own code"
+  flags.DEFINE_string("weights", None, text, flag_values=values)
+
+
+def _convert(values: Any) -> None:
+  _required(values, "config", "weights", "workdir")
+  from cached_tx.convert import convert
+
+  found = convert(values.config, values.weights, values.workdir)
+  print(
+    f"{found['workdir']} has {found['parameters']:,} parameters of {values.weights}, "
+    f"for {found['vocab']:,} ids"
+  )
+
+
 def _show(text: str, found: dict[str, Any], path: str | None) -> None:
   print(text)
   if path is not None:
@@ -204,6 +225,9 @@ COMMANDS = {
   "generate": Command("sample text, as it comes", _define_generate, _generate),
   "inspect": Command(
     "parameters, states, FLOPs and bytes, without running", _define_inspect, _inspect
+  ),
+  "convert": Command(
+    "make a run of weights from Transformer-XL's own code", _define_convert, _convert
   ),
 }
 

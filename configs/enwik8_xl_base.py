@@ -9,7 +9,8 @@ cached-tx evaluate --workdir DIR --set segment=80 --set memory.size=2100 \
 Dai et al., 2019, arXiv:1901.02860: 12 layers, 41M parameters, 1.06 bits per character
 on the test split, evaluated with segment 80, memory 2,100, clamp 820 and same_length;
 Adam, 400,000 steps of 22 rows (24 in the TensorFlow script, as here), no warm-up,
-dropout 0.1, clip 0.25. Differs: pre-norm; newlines are kept and predicted.
+dropout 0.1 (none on attention weights), clip 0.25; one pair of biases u and v. Differs:
+newlines are kept and predicted; how weights are drawn.
 
 Result: not run; :smoke is run by the tests.
 """
@@ -39,6 +40,12 @@ def get_config(mode="full"):
       remat="dots",
       unroll=1,
       pattern=(),
+      norm="post",
+      norm_bias=True,
+      norm_epsilon=1e-5,  # 1e-12 in the TensorFlow code
+      output_bias=True,
+      attention_dropout=0.0,
+      tied_biases=True,  # one pair of u and v for all layers
     )
   )
   c.memory = ConfigDict(

@@ -9,7 +9,8 @@ cached-tx evaluate --workdir DIR --set segment=128 --set memory.size=3800 \
 Dai et al., 2019, arXiv:1901.02860: 24 layers, 277M parameters, 0.99 bits per
 character on the test split, evaluated with segment 128, memory 3,800, clamp 1,000
 and same_length; Adam, 400,000 steps of 64 rows, 4,000 of warm-up, dropout 0.15, clip
-0.25. Differs: pre-norm; newlines are kept and predicted.
+0.25; one pair of biases u and v. Differs: newlines are kept and predicted; how weights
+are drawn.
 
 Result: not run; :smoke is run by the tests.
 """
@@ -39,6 +40,11 @@ def get_config(mode="full"):
       remat="dots",
       unroll=1,
       pattern=(),
+      norm="post",
+      norm_bias=True,
+      norm_epsilon=1e-5,  # 1e-12 in the TensorFlow code
+      output_bias=True,
+      tied_biases=True,  # one pair of u and v for all layers
     )
   )
   c.memory = ConfigDict(

@@ -8,9 +8,10 @@ cached-tx evaluate --workdir DIR --set segment=128 --set memory.size=1600 \
 
 Dai et al., 2019, arXiv:1901.02860: 18 layers, 257M parameters, test perplexity 18.3,
 evaluated with segment 128, memory 1,600, clamp 1,000 and same_length; Adam, 4,000,000
-steps of 128 rows, 16,000 of warm-up, dropout 0.2, clip 0.25. Differs: pre-norm; one
-tied softmax over the whole vocabulary where the paper's is adaptive (cutoffs 20k, 40k,
-200k, div_val 4), so that there are more parameters and more work per token.
+steps of 128 rows, 16,000 of warm-up, dropout 0.2, clip 0.25; adaptive softmax with
+cutoffs 20k, 40k and 200k, widths divided by 4; biases u and v for each layer, as in
+its TensorFlow script. Differs: all clusters are computed for every token; every article
+begins with a BOS token and an empty memory; how weights are drawn.
 
 Result: not run; :smoke is run by the tests.
 """
@@ -40,6 +41,17 @@ def get_config(mode="full"):
       remat="dots",
       unroll=1,
       pattern=(),
+      norm="post",
+      norm_bias=True,
+      norm_epsilon=1e-5,  # 1e-12 in the TensorFlow code
+      output_bias=True,
+      tied_biases=False,  # the PyTorch code has one pair of u and v for all layers
+      vocabulary=dict(  # ids fall from frequent to rare
+        cutoffs=(20_000, 40_000, 200_000),
+        divisor=4,  # of the width, from one cluster to the next
+        tied_projections=(False, True, True, True),
+        project_same_width=True,
+      ),
     )
   )
   c.memory = ConfigDict(
@@ -73,6 +85,7 @@ def get_config(mode="full"):
     c.steps, c.batch, c.segment, c.log_every = 4, 8, 16, 1
     c.data.update(dict(name="web_en", path="", tokenizer="bytes", vocab=""))
     c.model.update(dict(layers=2, width=32, heads=2, mlp=64))
+    c.model.vocabulary.update(dict(cutoffs=(64, 128, 192), divisor=2))
     c.memory.update(dict(size=16))
     c.optimizer.update(dict(peak=1e-2, warmup=2))
     c.eval.update(dict(every=2, batch=8, segments=2))

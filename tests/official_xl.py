@@ -1,4 +1,4 @@
-"""Files made by Transformer-XL's own code: their arrays, and its weights as ours."""
+"""Files made by Transformer-XL's own code: their arrays, its models as ours."""
 
 import json
 from pathlib import Path
@@ -6,6 +6,9 @@ from typing import Any
 
 import jax
 import numpy as np
+
+from cached_tx.convert import from_official_xl, model_from_official
+from cached_tx.models import DecoderLM
 
 FOLDER = Path(__file__).parent / "golden" / "xl"
 
@@ -55,61 +58,20 @@ def torch_attention(arrays: Any, prefix: str, heads: int) -> dict[str, Any]:
   return attention(get("qkv"), get("r"), get("o"), heads)
 
 
-def torch_model(arrays: Any, prefix: str, config: dict) -> dict[str, Any]:
-  """Parameters of the PyTorch code's language model, or gradients by them."""
-  get = lambda name: arrays[prefix + name]
-  norm = lambda name: dict(scale=get(f"{name}.weight"), bias=get(f"{name}.bias"))
-  dense = lambda name: dict(kernel=get(f"{name}.weight").T, bias=get(f"{name}.bias"))
-  blocks = []
-  for i in range(config["n_layer"]):
-    layer = f"layers.{i}."
-    own = torch_attention(arrays, f"{prefix}{layer}dec_attn.", config["n_head"])
-    ff = f"{layer}pos_ff."
-    mlp = {"up": dense(ff + "CoreNet.0"), "down": dense(ff + "CoreNet.3")}
-    block = {"attention": own, "mlp": mlp, "mlp_norm": norm(ff + "layer_norm")}
-    place = own if config.get("pre_lnorm") else block
-    name = "norm" if config.get("pre_lnorm") else "attention_norm"
-    place[name] = norm(layer + "dec_attn.layer_norm")
-    blocks.append(block)
-  return {
-    "embedding": get("word_emb.emb_layers.0.weight"),
-    "output_bias": get("crit.out_layers.0.bias"),
-    "content_bias": get("r_w_bias"),
-    "distance_bias": get("r_r_bias"),
-    **stacked(blocks),
-  }
+def torch_model(meta: dict) -> DecoderLM:
+  """The PyTorch code's language model, with the sizes and switches of a run."""
+  config = meta["config"] | (meta["eval_switch"] or {})
+  config["tgt_len"] = meta["seg_lens"][0]
+  return model_from_official(config, dtype="float64")
 
 
-def tf_model(arrays: Any, config: dict) -> dict[str, Any]:
-  """Parameters of the TensorFlow code's language model."""
-  get = lambda name: arrays[f"param/transformer/{name}"]
-  u, v = get("r_w_bias"), get("r_r_bias")
-  blocks = []
-  for i in range(config["n_layer"]):
-    layer = f"layer_{i}/"
-
-    def norm(name, layer=layer):
-      name = f"{layer}{name}/LayerNorm/"
-      return dict(scale=get(name + "gamma"), bias=get(name + "beta"))
-
-    def dense(name, layer=layer):
-      name = f"{layer}ff/{name}/"
-      return dict(kernel=get(name + "kernel"), bias=get(name + "bias"))
-
-    kernels = [get(f"{layer}rel_attn/{name}/kernel") for name in ("qkv", "r", "o")]
-    own = attention(*kernels, config["n_head"])
-    if config.get("untie_r"):
-      own |= dict(content_bias=u[i], distance_bias=v[i])
-    mlp = dict(up=dense("layer_1"), down=dense("layer_2"))
-    norms = dict(attention_norm=norm("rel_attn"), mlp_norm=norm("ff"))
-    blocks.append({"attention": own, "mlp": mlp, **norms})
-  shared = {} if config.get("untie_r") else dict(content_bias=u, distance_bias=v)
-  embedding = get("adaptive_embed/lookup_table")
-  bias = get("adaptive_softmax/bias")
-  return {"embedding": embedding, "output_bias": bias, **shared, **stacked(blocks)}
+def tf_model(meta: dict) -> DecoderLM:
+  """The same of the TensorFlow code."""
+  config = meta["config"] | {"mem_len": meta["mem_len"], "tgt_len": meta["T"]}
+  return model_from_official(config, tensorflow=True, dtype="float64")
 
 
-def stacked(blocks: list) -> dict[str, Any]:
-  """The layers, scanned as periods of one block."""
-  together = jax.tree.map(lambda *a: np.stack(a), *blocks)
-  return {"stack": {"blocks_0": together}}
+def parameters(arrays: Any, prefix: str, model: DecoderLM) -> dict[str, Any]:
+  """Its parameters, or gradients by them: the arrays whose names begin so."""
+  own = {k.removeprefix(prefix): a for k, a in arrays.items() if k.startswith(prefix)}
+  return from_official_xl(own, model)

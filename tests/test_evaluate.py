@@ -60,6 +60,21 @@ def test_memories_and_their_sizes_are_a_choice():
   assert older["step"] == 2 and older["scores"]["kept"]["loss"] != losses["kept"]
 
 
+def test_one_ordered_text():
+  """Without BOS, in equal lanes: the model read by hand."""
+  found = evaluate(workdir(), rows=2, segments=2, ordered=True)
+  own = load(workdir(), batch=2)
+  flat = tokenize(documents("web_en", "test"), own.tokenizer).flat.astype(int)
+  flat = flat[flat != own.tokenizer.bos]
+  lanes = flat[: len(flat) // 2 * 2].reshape(2, -1)[:, :17]
+  logits, _ = own(lanes[:, :-1], own.state)
+  losses = -np.asarray(jax.nn.log_softmax(logits))
+  losses = np.take_along_axis(losses, lanes[:, 1:, None], axis=2)
+  assert (found["targets"], found["ordered"]) == (32, True)
+  assert found["scores"]["kept"]["loss"] == pytest.approx(losses.mean(), rel=1e-5)
+  assert "as one ordered text" in text(found)
+
+
 def test_a_perplexity_beyond_every_float_is_a_dash():
   found = evaluate(workdir(), rows=1, segments=1)
   found["scores"]["kept"]["perplexity"] = None

@@ -21,7 +21,7 @@ ORDER = (
   ("models", "testing"),
   ("train",),
   ("baselines", "cli", "tables"),
-  ("inspect", "load"),
+  ("convert", "inspect", "load"),
   ("evaluate", "generate"),
   ("report",),
   ("main",),

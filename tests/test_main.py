@@ -79,6 +79,8 @@ def test_help_of_a_command(command, name):
     ("evaluate --workdir=/nowhere", "has no config.json"),
     ("evaluate x", "what is 'x'?"),
     ("inspect", "give --config or --workdir"),
+    (f"convert {CONFIG} --workdir=x", "--weights is required"),
+    (f"convert {CONFIG} --workdir=x --weights=w.pt", "w.pt is neither .safetensors"),
   ],
 )
 def test_mistakes_are_one_clear_line(command, arguments, said, tmp_path, monkeypatch):

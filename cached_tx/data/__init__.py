@@ -11,6 +11,7 @@ A source is a loader in `sources/` or a TFDS builder in `builders/`, and one lin
 in the table of `sources/__init__.py`.
 """
 
+from cached_tx.data.ordered import OrderedBatches
 from cached_tx.data.sources import SOURCES, documents
 from cached_tx.data.sources.base import SPLITS, Counts, Documents, counts
 from cached_tx.data.streams import (
@@ -34,6 +35,7 @@ __all__ = [
   "Counts",
   "Documents",
   "EvaluationBatches",
+  "OrderedBatches",
   "Tokenizer",
   "Tokens",
   "TrainStream",

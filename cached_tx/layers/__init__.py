@@ -15,6 +15,12 @@ from cached_tx.layers.gated import GatedAttention, GatedState
 from cached_tx.layers.mlp import ACTIVATIONS, MLP
 from cached_tx.layers.slots import SlotAttention
 from cached_tx.layers.sums import SumsAttention
+from cached_tx.layers.vocabulary import (
+  Adaptive,
+  AdaptiveVocabulary,
+  Vocabulary,
+  vocabulary_for,
+)
 from cached_tx.memory import MemoryModule
 
 READERS: dict[str, type[MemoryAttention]] = {
@@ -37,6 +43,8 @@ __all__ = [
   "MLP",
   "NORMS",
   "READERS",
+  "Adaptive",
+  "AdaptiveVocabulary",
   "Block",
   "Dropout",
   "EncoderAttention",
@@ -47,6 +55,8 @@ __all__ = [
   "SlotAttention",
   "Stream",
   "SumsAttention",
+  "Vocabulary",
   "attention_for",
   "layer_norm",
+  "vocabulary_for",
 ]

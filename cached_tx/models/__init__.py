@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from cached_tx.layers import Adaptive
 from cached_tx.memory import MemoryModule, build_memory
 from cached_tx.models.decoder import DecoderLM
 
@@ -25,6 +26,8 @@ def build_model(config: Any, vocab: int) -> DecoderLM:
   unknown = sorted(set(options) - known)
   if unknown:
     raise ValueError(f"model.{unknown[0]} is no option; there are: {sorted(known)}")
+  if options.get("vocabulary") is not None:
+    options["vocabulary"] = _vocabulary(dict(options["vocabulary"]))
   model = DecoderLM(
     vocab=vocab,
     segment=config.segment,
@@ -34,6 +37,22 @@ def build_model(config: Any, vocab: int) -> DecoderLM:
   )
   model.check()
   return model
+
+
+def _vocabulary(options: dict[str, Any]) -> Adaptive:
+  unknown = sorted(set(options) - set(Adaptive._fields))
+  if unknown:
+    raise ValueError(
+      f"model.vocabulary.{unknown[0]} is no option; there are: "
+      f"{', '.join(Adaptive._fields)}"
+    )
+  for key in {"cutoffs", "tied_projections"} & options.keys():
+    if not isinstance(options[key], tuple | list):
+      raise ValueError(
+        f"model.vocabulary.{key} is {options[key]!r}; it is a tuple, one entry for each"
+      )
+    options[key] = tuple(options[key])
+  return Adaptive(**options)
 
 
 def _memories(memory: dict, pattern: tuple[str, ...], dtype: str) -> tuple:

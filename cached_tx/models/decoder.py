@@ -11,12 +11,14 @@ from cached_tx.layers import (
   ACTIVATIONS,
   MLP,
   NORMS,
+  Adaptive,
   Block,
   Dropout,
   MemoryAttention,
   Stream,
   attention_for,
   layer_norm,
+  vocabulary_for,
 )
 from cached_tx.memory import MemoryModule, partitioned
 from cached_tx.types import DType, Hidden, Logits, Losses, Segment, State, Tokens
@@ -115,6 +117,8 @@ class DecoderLM(nn.Module):
     attention_dropout: rate on attention weights; None: that of `dropout`.
     tied_biases: one pair of biases u and v (relative positions) for all layers, as in
       Transformer-XL's PyTorch code, instead of one for each.
+    vocabulary: an adaptive one, for ids that fall from frequent to rare; its logits are
+      log-probabilities. None: one table, which embeddings and logits share.
   """
 
   vocab: int
@@ -138,6 +142,7 @@ class DecoderLM(nn.Module):
   head_width: int = 0
   attention_dropout: float | None = None
   tied_biases: bool = False
+  vocabulary: Adaptive | None = None
 
   @nn.nowrap
   def check(self) -> None:
@@ -157,6 +162,12 @@ class DecoderLM(nn.Module):
       raise ValueError(f"model.unroll is {self.unroll}; it counts periods: 1 or more")
     if self.norm not in NORMS:
       raise ValueError(f"model.norm is {self.norm!r}; one of {', '.join(NORMS)}")
+    if not self.norm_epsilon > 0:
+      raise ValueError(
+        f"model.norm_epsilon is {self.norm_epsilon}; it is added to a variance: above 0"
+      )
+    if self.vocabulary is not None:
+      self.vocabulary.check(self.vocab, self.width)
     if not 0 <= (self.attention_dropout or 0) < 1:
       raise ValueError(
         f"model.attention_dropout is {self.attention_dropout}; it must be at least 0 "
@@ -330,17 +341,12 @@ class DecoderLM(nn.Module):
       ValueError: where the settings do not fit, or the tokens do not fit the state.
     """
     self.check()
-    init = nn.initializers.normal(self.width**-0.5)
-    embedding = self.param(
-      "embedding",
-      partitioned(init, "vocab", "embed"),
-      (self.vocab, self.width),
-      jnp.float32,
-    ).astype(self.dtype)
+    options = (self.vocab, self.width, self.output_bias, self.dtype)
+    words = vocabulary_for(self.vocabulary, *options)
+    nn.share_scope(self, words)  # its parameters stand among the model's own
     if segment.valid is not None:
       tokens = jnp.where(segment.valid, tokens, 0)  # padding may have any id
-    x = jnp.take(embedding, tokens, axis=0) * jnp.asarray(self.width**0.5, self.dtype)
-    x = Dropout(self.dropout)(x, deterministic=deterministic)
+    x = Dropout(self.dropout)(words.embed(tokens), deterministic=deterministic)
     stack = Stack(
       blocks=self.blocks(),
       periods=self.periods,
@@ -358,13 +364,7 @@ class DecoderLM(nn.Module):
       x, state, losses = stack(x, state, draws, segment)
     if self.norm == "pre":
       x = self._norm(name="norm")(x)
-    wide = jnp.promote_types(self.dtype, jnp.float32)
-    logits = jnp.einsum("bld,vd->blv", x, embedding, preferred_element_type=wide)
-    if self.output_bias:
-      init = partitioned(nn.initializers.zeros, "vocab")
-      bias = self.param("output_bias", init, (self.vocab,), jnp.float32)
-      logits = logits + bias.astype(wide)[None, None]
-    return logits, state, losses
+    return words.logits(x), state, losses
 
   def _segments(
     self, stack: Stack, x: Hidden, state: State, draws: Any, segment: Segment

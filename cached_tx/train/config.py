@@ -1,7 +1,8 @@
 """What a config holds: every key, checked before anything is built.
 
 A default lives in the config file or in the module that a section describes, never
-here: a key that is missing, or one key too many, is an error that names it.
+here: a key that is missing, or one key too many, is an error that names it. The keys of
+OPTIONAL may be missing: what few models choose, and `DecoderLM` says how it is then.
 """
 
 import difflib
@@ -35,6 +36,13 @@ SECTIONS: dict[str, tuple[str, ...]] = {
   "eval": ("every", "batch", "segments"),
   "save": ("every", "keep"),
 }  # fmt: skip
+OPTIONAL: dict[str, tuple[str, ...]] = {
+  "model": (
+    "norm", "norm_bias", "norm_epsilon", "output_bias", "head_width",
+    "attention_dropout", "tied_biases",
+    "vocabulary",  # a section of its own: the fields of `Adaptive`
+  ),
+}  # fmt: skip
 FREE = "memory"  # its keys are those of its kind
 
 
@@ -42,7 +50,7 @@ def check(config: Mapping[str, Any]) -> None:
   """Raises ValueError for keys that are missing, unknown, or out of range."""
   _check_keys("", config, (*TOP, *SECTIONS, FREE))
   for name, keys in SECTIONS.items():
-    _check_keys(f"{name}.", config[name], keys)
+    _check_keys(f"{name}.", config[name], keys, OPTIONAL.get(name, ()))
   for key in ("steps", "batch", "segment", "segments", "tbptt", "log_every"):
     if not isinstance(config[key], int) or config[key] < 1:
       raise ValueError(f"{key} is {config[key]!r}; it must be an integer, 1 or more")
@@ -75,10 +83,16 @@ def _check_ranges(config: Mapping[str, Any]) -> None:
   stages(own["accumulate"], config["steps"])
 
 
-def _check_keys(prefix: str, given: Mapping[str, Any], wanted: tuple[str, ...]) -> None:
+def _check_keys(
+  prefix: str,
+  given: Mapping[str, Any],
+  wanted: tuple[str, ...],
+  optional: tuple[str, ...] = (),
+) -> None:
+  known = (*wanted, *optional)
   for key in given:
-    if key not in wanted:
-      near = difflib.get_close_matches(key, wanted, 1)
+    if key not in known:
+      near = difflib.get_close_matches(key, known, 1)
       hint = f"; did you mean {prefix}{near[0]}?" if near else ""
       raise ValueError(f"config key {prefix}{key} does not exist{hint}")
   missing = [prefix + key for key in wanted if key not in given]

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from cached_tx.data import EvaluationBatches, Tokens
+from cached_tx.data import EvaluationBatches, OrderedBatches, Tokens
 from cached_tx.models import DecoderLM
 from cached_tx.train import processes, sharding
 from cached_tx.train.feed import Feed
@@ -43,7 +43,14 @@ class Evaluator:
   """
 
   def __init__(
-    self, model: DecoderLM, tokens: Tokens, *, rows: int, mesh: Mesh, segments: int = 0
+    self,
+    model: DecoderLM,
+    tokens: Tokens,
+    *,
+    rows: int,
+    mesh: Mesh,
+    segments: int = 0,
+    ordered: bool = False,
   ):
     """Cuts the stream into `rows` lanes.
 
@@ -53,10 +60,12 @@ class Evaluator:
       rows: lanes; each but the first begins inside a document with an empty memory.
       mesh: where the model runs.
       segments: at most so many segments of every lane; 0: all.
+      ordered: documents do not begin anew; the lanes are those of `OrderedBatches`.
     """
     self._model, self._mesh, self._rows = model, mesh, rows
     self._feed = Feed(mesh, rows, model.segment)
-    self.batches = EvaluationBatches(
+    kind: Any = OrderedBatches if ordered else EvaluationBatches
+    self.batches = kind(
       tokens,
       rows=rows,
       length=model.segment,

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from cached_tx.layers import Adaptive
 from cached_tx.memory import build_memory
 from cached_tx.models import build_model
 from cached_tx.types import Segment
@@ -28,6 +29,12 @@ def test_a_config_becomes_its_model():
   assert (model.layers, model.segment, model.tbptt, model.vocab) == (2, C, 2, 11)
   assert model.memories[0].size == 7
   assert np.dtype(build_model(config(memory={"kind": "grc"}), 11).memories[0].dtype)
+
+
+def test_a_config_chooses_its_vocabulary():
+  settings = config(model={"vocabulary": {"cutoffs": [3, 5], "divisor": 2}})
+  assert build_model(settings, 11).vocabulary == Adaptive((3, 5), 2)
+  assert build_model(config(), 11).vocabulary is None
 
 
 def test_a_pattern_names_its_memories():
@@ -173,6 +180,55 @@ REFUSED = {
     r"model\.attention_dropout is 1\.0",
   ),
   "head width": ({"model": {"head_width": -1}}, r"model\.head_width is -1"),
+  "norm epsilon": ({"model": {"norm_epsilon": 0.0}}, r"model\.norm_epsilon is 0\.0"),
+  "vocabulary option": (
+    {"model": {"vocabulary": {"cutoff": (3,)}}},
+    r"model\.vocabulary\.cutoff is no option; there are: cutoffs, divisor",
+  ),
+  "cutoff": (
+    {"model": {"vocabulary": {"cutoffs": 3}}},
+    r"model\.vocabulary\.cutoffs is 3; it is a tuple",
+  ),
+  "cutoffs that fall": (
+    {"model": {"vocabulary": {"cutoffs": (7, 3)}}},
+    r"model\.vocabulary\.cutoffs is \(7, 3\).*increase.*11 ids",
+  ),
+  "cutoffs beyond": (
+    {"model": {"vocabulary": {"cutoffs": (3, 11)}}},
+    r"model\.vocabulary\.cutoffs is \(3, 11\).*below the 11 ids",
+  ),
+  "cutoff at no id": (
+    {"model": {"vocabulary": {"cutoffs": (0, 3)}}},
+    r"model\.vocabulary\.cutoffs is \(0, 3\).*above 0",
+  ),
+  "cutoff between ids": (
+    {"model": {"vocabulary": {"cutoffs": (3.5,)}}},
+    r"model\.vocabulary\.cutoffs is \(3\.5,\)",
+  ),
+  "divisor": (
+    {"model": {"vocabulary": {"cutoffs": (3, 5), "divisor": 5}}},
+    r"model\.vocabulary\.divisor is 5.*last of 3 clusters 1 channel of 16",
+  ),
+  "divisor of one": (
+    {"model": {"vocabulary": {"divisor": 2}}},
+    r"model\.vocabulary\.divisor is 2.*without model\.vocabulary\.cutoffs",
+  ),
+  "width of rows": (
+    {"model": {"vocabulary": {"width": -1}}},
+    r"model\.vocabulary\.width is -1",
+  ),
+  "ties of others": (
+    {"model": {"vocabulary": {"cutoffs": (3,), "tied_projections": (True,)}}},
+    r"model\.vocabulary\.tied_projections is \(True,\).*each of the 2 clusters",
+  ),
+  "ties of nothing": (
+    {"model": {"vocabulary": {"cutoffs": (3,), "tied_projections": (True, False)}}},
+    r"model\.vocabulary\.tied_projections.*cluster 0 has rows of width 16",
+  ),
+  "projections of nothing": (
+    {"model": {"vocabulary": {"cutoffs": (3,), "project_same_width": True}}},
+    r"model\.vocabulary\.project_same_width is True.*the divisor is 1",
+  ),
   "tied turns": ({"model": {"tied_biases": True}}, r"model\.tied_biases.*relative"),
   "option of slots": (
     {"model": {"attention_dropout": 0.1}, "memory": {"kind": "grc"}},

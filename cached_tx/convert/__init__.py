@@ -1,0 +1,22 @@
+"""Weights of Transformer-XL's own code (kimiyoung/transformer-xl) as ours.
+
+From files that hold arrays and nothing else:
+
+    model = model_from_official(dict(n_token=267735, n_layer=18, ...))
+    params = from_official_xl(read_weights("model.safetensors"), model)
+
+or `cached-tx convert`, for a run that can be evaluated and trained on. A checkpoint of
+the PyTorch code is a pickle, which can run code and is not read. Where it is trusted,
+PyTorch makes a file of it that is:
+
+    model = torch.load("model.pt", weights_only=False)
+    model = getattr(model, "module", model)  # of DataParallel
+    arrays = {k: v.float().clone() for k, v in model.state_dict().items()}
+    safetensors.torch.save_file(arrays, "model.safetensors")
+"""
+
+from cached_tx.convert.official import from_official_xl, model_from_official
+from cached_tx.convert.run import convert
+from cached_tx.convert.weights import read_weights
+
+__all__ = ["convert", "from_official_xl", "model_from_official", "read_weights"]
