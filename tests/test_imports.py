@@ -22,7 +22,7 @@ ORDER = (
   ("train",),
   ("baselines", "cli", "tables"),
   ("inspect", "load"),
-  ("evaluate", "generate"),
+  ("analyse", "evaluate", "generate"),
   ("report",),
   ("main",),
 )

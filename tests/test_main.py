@@ -78,6 +78,9 @@ def test_help_of_a_command(command, name):
     ("evaluate --workdir=x --split=exam", "exam"),
     ("evaluate --workdir=/nowhere", "has no config.json"),
     ("evaluate x", "what is 'x'?"),
+    ("analyse", "--workdir is required"),
+    ("analyse --workdir=/nowhere", "has no config.json"),
+    ("analyse --workdir=x --memory=kept", "Unknown command line flag 'memory'"),
     ("inspect", "give --config or --workdir"),
   ],
 )
@@ -143,6 +146,19 @@ def test_evaluate(command, tmp_path):
   assert status == 0 and found["step"] == 2 and found["set"][1] == "segment=16"
   assert list(found["scores"]) == ["kept", "zeroed"]
   assert f"{found['scores']['zeroed']['bits_per_byte']:.4f}" in text
+
+
+def test_analyse(command, tmp_path):
+  folder = shutil.copytree(workdir(), tmp_path / "run")
+  path = tmp_path / "found.json"
+  status, text, _ = command(
+    *("analyse", f"--workdir={folder}", "--rows=2", "--segments=6", "--step=2"),
+    *("--set=memory.size=16", "--full", f"--json={path}"),
+  )
+  found = json.loads(path.read_text())
+  assert status == 0 and found["step"] == 2 and found["full"]
+  assert found["plot"] == str(folder / "attention.png")
+  assert f"{100 * found['groups'][0]['buckets'][-1]['mass']:.3f}" in text
 
 
 def test_inspect(command, tmp_path):

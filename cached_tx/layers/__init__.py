@@ -6,6 +6,7 @@ the reader that they need (memory/base.py).
 
 from typing import Any
 
+from cached_tx.layers.analysis import ANALYSIS, Attended, Blended
 from cached_tx.layers.base import MemoryAttention
 from cached_tx.layers.block import NORMS, Block, layer_norm
 from cached_tx.layers.clock import Stream
@@ -33,9 +34,12 @@ def attention_for(memory: MemoryModule, **options: Any) -> MemoryAttention:
 
 __all__ = [
   "ACTIVATIONS",
+  "ANALYSIS",
   "MLP",
   "NORMS",
   "READERS",
+  "Attended",
+  "Blended",
   "Block",
   "EncoderAttention",
   "GatedAttention",
