@@ -233,8 +233,8 @@ def _layers(
       if "share" in tally:
         found[layer]["share_of_cache"] = summary(tally["share"], i)
   for name, value in gauges.items():
-    gauge, layer, _ = name.split("/")
-    found[int(layer)].setdefault(gauge, []).append(float(value))
+    gauge, place, _ = name.split("/")
+    found[int(place)].setdefault(gauge, []).append(float(value))
   return found
 
 

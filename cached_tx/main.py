@@ -221,6 +221,37 @@ def _analyse(values: Any) -> None:
   _show(text(found), found, values.json)
 
 
+def _define_recall(values: flags.FlagValues, argv: list[str]) -> None:
+  del argv
+  own: Any = {"flag_values": values}
+  _workdir(values, "gets recall.json and recall.png")
+  text = "copying, selective, mqar, passkey; several with commas"
+  flags.DEFINE_list("tasks", ["passkey"], text, **own)
+  text = "none, xl, compressive, grc, favor; several with commas"
+  kinds = ["none", "xl", "compressive", "grc", "favor"]
+  flags.DEFINE_list("kinds", kinds, text, **own)
+  flags.DEFINE_integer("steps", 400, "of training, for each model", 1, **own)
+  text = "largest distance between what is shown and the question, in segments"
+  flags.DEFINE_integer("max_distance", 6, text, 1, **own)
+  flags.DEFINE_integer("seed", 0, "of parameters and episodes", 0, 2**30, **own)
+  _json(values)
+
+
+def _recall(values: Any) -> None:
+  _required(values, "workdir")
+  from cached_tx.recall import recall, text
+
+  found = recall(
+    values.workdir,
+    tasks=values.tasks,
+    kinds=values.kinds,
+    steps=values.steps,
+    seed=values.seed,
+    longest=values.max_distance,
+  )
+  _show(text(found), found, values.json)
+
+
 def _show(text: str, found: dict[str, Any], path: str | None) -> None:
   print(text)
   if path is not None:
@@ -239,6 +270,11 @@ COMMANDS = {
     "where attention goes, by age, and what compression loses",
     _define_analyse,
     _analyse,
+  ),
+  "recall": Command(
+    "how far back each kind of memory can be asked, on synthetic tasks",
+    _define_recall,
+    _recall,
   ),
   "inspect": Command(
     "parameters, states, FLOPs and bytes, without running", _define_inspect, _inspect

@@ -22,7 +22,7 @@ ORDER = (
   ("train",),
   ("baselines", "cli", "tables"),
   ("inspect", "load"),
-  ("analyse", "evaluate", "generate"),
+  ("analyse", "evaluate", "generate", "recall"),
   ("report",),
   ("main",),
 )

@@ -259,3 +259,54 @@ def _draw_losses(axes, layers: Sequence[Mapping[str, Any]], names: Sequence[str]
   axes.set_xlabel("layer", fontsize=11)
   axes.set_ylabel("compression loss", fontsize=11)
   axes.legend(frameon=False, fontsize=10, loc="upper right")
+
+
+def recall_plot(found: Mapping[str, Any], png_path: str | os.PathLike) -> Path:
+  """Draws accuracy against distance, a panel of 800 pixels' width for each task.
+
+  Args:
+    found: as of `cached_tx.recall.recall`: its runs, and chance, segment and longest.
+      Runs that differ in their seed alone become one line, their mean, over a band from
+      the worst to the best.
+    png_path: written anew.
+  """
+  tasks = list(dict.fromkeys(run["task"] for run in found["runs"]))
+  kinds = list(dict.fromkeys(run["kind"] for run in found["runs"]))
+
+  from matplotlib import colormaps
+  from matplotlib.backends.backend_agg import FigureCanvasAgg  # 0.5 s
+  from matplotlib.figure import Figure
+
+  columns = min(2, len(tasks))
+  lines = -(-len(tasks) // columns)
+  figure = Figure(figsize=(max(4 * columns, 6), 3.5 * lines), layout="constrained")
+  FigureCanvasAgg(figure)
+  panels = figure.subplots(lines, columns, squeeze=False, sharey=True)
+  for axes in panels.flat[len(tasks) :]:
+    axes.set_axis_off()
+  for axes, task in zip(panels.flat, tasks, strict=False):
+    for number, kind in enumerate(kinds):
+      own = [
+        r["accuracy"] for r in found["runs"] if (r["task"], r["kind"]) == (task, kind)
+      ]
+      if not own:
+        continue
+      values, colour = 100 * np.array(own), colormaps["tab10"](number)
+      distances = range(values.shape[1])
+      axes.plot(distances, values.mean(0), "o-", color=colour, markersize=3, label=kind)
+      axes.fill_between(
+        distances, values.min(0), values.max(0), color=colour, alpha=0.15, linewidth=0
+      )
+    chance = 100 * found["chance"]
+    axes.axhline(chance, color=_GREY, linewidth=0.9, linestyle=(0, (4, 3)), zorder=1)
+    axes.set_ylim(0, 102)
+    axes.set_xticks(range(found["longest"] + 1))
+    _grid(axes)
+    axes.set_title(task, fontsize=12, loc="left")
+    axes.set_xlabel(f"distance, segments of {found['segment']} tokens", fontsize=10)
+    axes.set_ylabel("correct answers, %", fontsize=10)
+  panels[0, 0].legend(frameon=False, fontsize=9)
+  path = Path(png_path)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  figure.savefig(path, dpi=200, format="png")
+  return path

@@ -6,7 +6,13 @@ import struct
 import numpy as np
 import pytest
 
-from cached_tx.train.plots import attention_plot, gauge_plot, loss_plot, smoothed
+from cached_tx.train.plots import (
+  attention_plot,
+  gauge_plot,
+  loss_plot,
+  recall_plot,
+  smoothed,
+)
 
 
 def write(path, train=200, evaluations=4):
@@ -97,3 +103,17 @@ def test_attention_plot(tmp_path, losses):
   path = attention_plot(found, tmp_path / "plots" / "attention.png", title="a")
   pixels, length = size(path)
   assert pixels == (1600, 800 * (1 + losses)) and length > 10_000
+
+
+@pytest.mark.parametrize("tasks,pixels", [(1, (1200, 700)), (3, (1600, 1400))])
+def test_recall_plot(tmp_path, tasks, pixels):
+  runs = [
+    {"task": f"t{i % tasks}", "kind": kind, "accuracy": [1.0, 0.9 - 0.2 * i, 0.1]}
+    for i in range(2 * tasks)
+    for kind in ("xl", "favor")
+  ]
+  runs.pop()  # a kind that one task lacks a seed of
+  found = {"runs": runs, "chance": 0.1, "segment": 16, "longest": 2}
+  path = recall_plot(found, tmp_path / "plots" / "recall.png")
+  (width, height), length = size(path)
+  assert (width, height) == pixels and length > 10_000
