@@ -230,7 +230,7 @@ def _define_recall(values: flags.FlagValues, argv: list[str]) -> None:
   text = "none, xl, compressive, grc, favor; several with commas"
   kinds = ["none", "xl", "compressive", "grc", "favor"]
   flags.DEFINE_list("kinds", kinds, text, **own)
-  flags.DEFINE_integer("steps", 400, "of training, for each model", 1, **own)
+  flags.DEFINE_integer("steps", 300, "of training, for each model", 1, **own)
   text = "largest distance between what is shown and the question, in segments"
   flags.DEFINE_integer("max_distance", 6, text, 1, **own)
   flags.DEFINE_integer("seed", 0, "of parameters and episodes", 0, 2**30, **own)

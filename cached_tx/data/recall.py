@@ -26,7 +26,6 @@ _NOISE = _KEY + KEYS
 VOCAB = _NOISE + NOISE
 CHANCE = 1 / VALUES  # of every answer of every task
 SHORTEST = 8  # tokens of a segment
-PASSKEY = 3  # values
 
 Tokens = Int64[np.ndarray, "_"]
 
@@ -78,12 +77,11 @@ def selective_copying(rng: np.random.Generator, room: int) -> Episode:
 
 
 def passkey(rng: np.random.Generator, room: int) -> Episode:
-  """A few values in a row, somewhere in noise."""
-  values = _values(rng, min(PASSKEY, room))
+  """One value, somewhere in noise."""
+  value = _values(rng, 1)
   shown = _noise(rng, room)
-  first = rng.integers(room - len(values) + 1)
-  shown[first : first + len(values)] = values
-  return _recited(shown, values)
+  shown[rng.integers(room)] = value[0]
+  return _recited(shown, value)
 
 
 def associative_recall(rng: np.random.Generator, room: int) -> Episode:

@@ -194,7 +194,12 @@ def attention_plot(
     title: over the plot, on the left.
   """
   groups, layers = found["groups"], found["layers"]
-  losses = sorted({name for layer in layers for name in layer.get("losses", {})})
+  losses = sorted({
+    name
+    for layer in layers
+    for name, loss in layer.get("losses", {}).items()
+    if loss["mean"] is not None
+  })  # fmt: skip
   count = len(groups) + bool(losses)
 
   from matplotlib.backends.backend_agg import FigureCanvasAgg  # 0.5 s
@@ -233,8 +238,10 @@ def _draw_buckets(axes, group: Mapping[str, Any]):
   axes.set_xticks(range(len(own)), [f"{bucket['part']}" for bucket in own])
   axes.set_xlabel("sixths of each region, oldest to newest", fontsize=11)
   axes.set_ylabel("attention, %", fontsize=11)
-  name = f"{group['memory']}, mean of {len(group['layers'])} layers"
-  axes.legend(frameon=False, fontsize=10, loc="upper left", title=name)
+  layers = ", ".join(map(str, group["layers"]))
+  axes.set_title(f"{group['memory']}, layers {layers}", fontsize=10, loc="right")
+  axes.margins(y=0.2)  # room for the legend
+  axes.legend(frameon=False, fontsize=10, loc="upper left", ncols=3)
 
 
 def _draw_losses(axes, layers: Sequence[Mapping[str, Any]], names: Sequence[str]):
