@@ -209,6 +209,70 @@ def _convert(values: Any) -> None:
   )
 
 
+def _define_analyse(values: flags.FlagValues, argv: list[str]) -> None:
+  del argv
+  own: Any = {"flag_values": values}
+  _workdir(values, "folder of the run; gets attention.png")
+  flags.DEFINE_enum("split", "test", SPLITS, "which text", **own)
+  text = "change a config key, such as memory.size=512 or segment=64; may come often"
+  flags.DEFINE_multi_string("set", [], text, **own)
+  text = "lanes that the text is cut into; eval.batch if 0"
+  flags.DEFINE_integer("rows", 0, text, 0, **own)
+  text = "at most so many segments of every row; 0: the whole split"
+  flags.DEFINE_integer("segments", 0, text, 0, **own)
+  text = "count only segments that find a full memory and in which no document begins"
+  flags.DEFINE_bool("full", False, text, **own)
+  _step(values)
+  _json(values)
+
+
+def _analyse(values: Any) -> None:
+  _required(values, "workdir")
+  from cached_tx.analyse import analyse, text
+
+  found = analyse(
+    values.workdir,
+    split=values.split,
+    changes=values.set,
+    rows=values.rows,
+    segments=values.segments,
+    full=values.full,
+    step=values.step,
+  )
+  _show(text(found), found, values.json)
+
+
+def _define_recall(values: flags.FlagValues, argv: list[str]) -> None:
+  del argv
+  own: Any = {"flag_values": values}
+  _workdir(values, "gets recall.json and recall.png")
+  text = "copying, selective, mqar, passkey; several with commas"
+  flags.DEFINE_list("tasks", ["passkey"], text, **own)
+  text = "none, xl, compressive, grc, favor; several with commas"
+  kinds = ["none", "xl", "compressive", "grc", "favor"]
+  flags.DEFINE_list("kinds", kinds, text, **own)
+  flags.DEFINE_integer("steps", 300, "of training, for each model", 1, **own)
+  text = "largest distance between what is shown and the question, in segments"
+  flags.DEFINE_integer("max_distance", 6, text, 1, **own)
+  flags.DEFINE_integer("seed", 0, "of parameters and episodes", 0, 2**30, **own)
+  _json(values)
+
+
+def _recall(values: Any) -> None:
+  _required(values, "workdir")
+  from cached_tx.recall import recall, text
+
+  found = recall(
+    values.workdir,
+    tasks=values.tasks,
+    kinds=values.kinds,
+    steps=values.steps,
+    seed=values.seed,
+    longest=values.max_distance,
+  )
+  _show(text(found), found, values.json)
+
+
 def _show(text: str, found: dict[str, Any], path: str | None) -> None:
   print(text)
   if path is not None:
@@ -223,6 +287,16 @@ COMMANDS = {
     _evaluate,
   ),
   "generate": Command("sample text, as it comes", _define_generate, _generate),
+  "analyse": Command(
+    "where attention goes, by age, and what compression loses",
+    _define_analyse,
+    _analyse,
+  ),
+  "recall": Command(
+    "how far back each kind of memory can be asked, on synthetic tasks",
+    _define_recall,
+    _recall,
+  ),
   "inspect": Command(
     "parameters, states, FLOPs and bytes, without running", _define_inspect, _inspect
   ),

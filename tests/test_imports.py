@@ -22,7 +22,7 @@ ORDER = (
   ("train",),
   ("baselines", "cli", "tables"),
   ("convert", "inspect", "load"),
-  ("evaluate", "generate"),
+  ("analyse", "evaluate", "generate", "recall"),
   ("report",),
   ("main",),
 )

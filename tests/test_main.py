@@ -10,6 +10,8 @@ import pytest
 
 import cached_tx
 from cached_tx import main
+from cached_tx.data.recall import TASKS
+from cached_tx.recall import MEMORIES
 from cached_tx.train.loop import Result
 from configs.quickstart import get_config
 from tests.trained import tiny, workdir
@@ -78,6 +80,13 @@ def test_help_of_a_command(command, name):
     ("evaluate --workdir=x --split=exam", "exam"),
     ("evaluate --workdir=/nowhere", "has no config.json"),
     ("evaluate x", "what is 'x'?"),
+    ("analyse", "--workdir is required"),
+    ("analyse --workdir=/nowhere", "has no config.json"),
+    ("analyse --workdir=x --memory=kept", "Unknown command line flag 'memory'"),
+    ("recall", "--workdir is required"),
+    ("recall --workdir=x --tasks=reading", "tasks are ['reading']: one or more of"),
+    ("recall --workdir=x --kinds=xl,lstm", "kinds are ['xl', 'lstm']: one or more of"),
+    ("recall --workdir=x --steps=0", "--steps"),
     ("inspect", "give --config or --workdir"),
     (f"convert {CONFIG} --workdir=x", "--weights is required"),
     (f"convert {CONFIG} --workdir=x --weights=w.pt", "w.pt is neither .safetensors"),
@@ -145,6 +154,42 @@ def test_evaluate(command, tmp_path):
   assert status == 0 and found["step"] == 2 and found["set"][1] == "segment=16"
   assert list(found["scores"]) == ["kept", "zeroed"]
   assert f"{found['scores']['zeroed']['bits_per_byte']:.4f}" in text
+
+
+def test_analyse(command, tmp_path):
+  folder = shutil.copytree(workdir(), tmp_path / "run")
+  path = tmp_path / "found.json"
+  status, text, _ = command(
+    *("analyse", f"--workdir={folder}", "--rows=2", "--segments=6", "--step=2"),
+    *("--set=memory.size=16", "--full", f"--json={path}"),
+  )
+  found = json.loads(path.read_text())
+  assert status == 0 and found["step"] == 2 and found["full"]
+  assert found["plot"] == str(folder / "attention.png")
+  assert f"{100 * found['groups'][0]['buckets'][-1]['mass']:.3f}" in text
+
+
+def test_recall(command, tmp_path, monkeypatch):
+  run = {"task": "mqar", "kind": "xl", "steps": 3, "accuracy": [1.0, 0.5], "reach": 0}
+  found = {"runs": [run], "chance": 0.1, "segment": 16, "longest": 1, "plot": "p.png"}
+  asked = []
+
+  def fake(workdir, **options):
+    asked.append((workdir, options))
+    return found
+
+  monkeypatch.setattr("cached_tx.recall.recall", fake)
+  own = ["recall", "--workdir=a", "--tasks=mqar,copying", "--kinds=xl", "--steps=3"]
+  path = tmp_path / "found.json"
+  status, text, _ = command(*own, "--max-distance=1", "--seed=4", f"--json={path}")
+  assert status == 0 and "xl" in text and "100  50  reaches 0 segments" in text
+  assert json.loads(path.read_text()) == found
+  assert command("recall", "--workdir=a")[0] == 0
+  (_, given), (_, usual) = asked
+  assert given == {
+    "tasks": ["mqar", "copying"], "kinds": ["xl"], "steps": 3, "seed": 4, "longest": 1
+  }  # fmt: skip
+  assert usual["kinds"] == [*MEMORIES] and set(usual["tasks"]) <= set(TASKS)
 
 
 def test_inspect(command, tmp_path):

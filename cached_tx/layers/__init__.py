@@ -6,6 +6,7 @@ the reader that they need (memory/base.py).
 
 from typing import Any
 
+from cached_tx.layers.analysis import ANALYSIS, Attended, Blended
 from cached_tx.layers.base import MemoryAttention
 from cached_tx.layers.block import NORMS, Block, layer_norm
 from cached_tx.layers.clock import Stream
@@ -40,11 +41,14 @@ def attention_for(memory: MemoryModule, **options: Any) -> MemoryAttention:
 
 __all__ = [
   "ACTIVATIONS",
+  "ANALYSIS",
   "MLP",
   "NORMS",
   "READERS",
   "Adaptive",
   "AdaptiveVocabulary",
+  "Attended",
+  "Blended",
   "Block",
   "Dropout",
   "EncoderAttention",

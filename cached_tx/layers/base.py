@@ -102,6 +102,11 @@ class MemoryAttention(nn.Module):
     return 0 if found is None else found.values.shape[1]
 
   @nn.nowrap
+  def regions(self) -> tuple[tuple[str, int], ...]:
+    """Names and sizes of the parts of its keys, oldest first; () without weights."""
+    return ()
+
+  @nn.nowrap
   def gauges(self, params: Any) -> dict[str, Array]:
     """What its parameters say at a glance, by name: numbers per head (... H)."""
     del params

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from cached_tx.layers import clock
+from cached_tx.layers.analysis import ANALYSIS, Blended, asked
 from cached_tx.layers.base import MemoryAttention
 from cached_tx.layers.projections import ToHeads
 from cached_tx.layers.slots import SlotAttention
@@ -109,6 +110,11 @@ class GatedAttention(MemoryAttention):
     return None if inner is None else self.memory.size + inner
 
   @nn.nowrap
+  def regions(self) -> tuple[tuple[str, int], ...]:
+    """Those of the attention beside the cache, whose slots have no age."""
+    return self._inner().regions()
+
+  @nn.nowrap
   def gauges(self, params: Any) -> dict[str, Array]:
     """sigmoid(lambda), the share of the cache in each head."""
     return {"gate": nn.sigmoid(params["gate"])}
@@ -170,6 +176,9 @@ class GatedAttention(MemoryAttention):
     )
     seen = slots.valid.any(axis=1)[:, None] & (documents == 0)  # B L
     gate = jnp.where(seen[..., None], nn.sigmoid(self.gate)[None, None], 0)
+    if index is None and asked(self):
+      blended = Blended(gate.mean(axis=(1, 2)), seen.all(axis=1))
+      self.sow(ANALYSIS, "blended", blended)
     return found, gate.astype(self.dtype)
 
   def fold(

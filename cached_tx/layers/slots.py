@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from cached_tx.layers import clock
+from cached_tx.layers.analysis import ANALYSIS, Attended, asked
 from cached_tx.layers.apart import ApartPositions
 from cached_tx.layers.base import MemoryAttention
 from cached_tx.layers.dropout import Dropout
@@ -157,6 +158,8 @@ class SlotAttention(MemoryAttention):
       drop = lambda p: self.drop(p, deterministic=False)
     terms = self._terms(queries, index, tokens, starts, memory, *biases)
     q, k, v, mask, scores, zeros = terms
+    if index is None and asked(self):
+      self.sow(ANALYSIS, "attended", self._attended(terms, starts, memory))
     return softmax_attention(q, k, v, mask, scores, drop, zeros)
 
   def _terms(
@@ -222,6 +225,8 @@ class SlotAttention(MemoryAttention):
       losses["reconstruction"] = reconstruction_loss(
         self.query, self.key, self.value, tokens, starts, update.replaced
       )
+    if losses and asked(self):
+      self.sow(ANALYSIS, "losses", losses)
     return update.state, losses
 
   def _by_distance(
@@ -252,10 +257,33 @@ class SlotAttention(MemoryAttention):
     is asked of the whole segment at once, so that no cutting into calls changes it.
     No gradient flows.
     """
-    terms = self._terms(tokens, None, tokens, starts, memory)
-    q, k, _, mask, scores, zeros = jax.lax.stop_gradient(terms)
-    ones = jnp.ones(k.shape, jnp.promote_types(k.dtype, jnp.float32))
-    attend = lambda v: softmax_attention(q, k, v, mask, scores, None, zeros)
-    out, transpose = jax.vjp(attend, ones)
-    (weights,) = transpose(jnp.ones_like(out))  # B S H K, summed over queries
-    return weights.mean(axis=(2, 3)) / q.shape[1]
+    return _received(self._terms(tokens, None, tokens, starts, memory))
+
+  @nn.nowrap
+  def regions(self) -> tuple[tuple[str, int], ...]:
+    """Those of the memory, then the segment itself."""
+    return (*self.memory.regions, ("sequence", self.segment))
+
+  @nn.nowrap
+  def _attended(
+    self, terms: tuple[Any, ...], starts: Bool[Array, "B C"], memory: State
+  ) -> Attended:
+    received = _received(terms)
+    *_, mask, _, zeros = terms
+    mask = mask if zeros is None else mask & ~zeros
+    slots = self.memory.slots(memory)
+    full = ~starts.any(axis=1)
+    if slots is not None:
+      full = full & slots.valid.all(axis=1)
+    visible = jnp.broadcast_to(mask.mean(axis=1), received.shape)
+    return Attended(received, visible, full)
+
+
+def _received(terms: tuple[Any, ...]) -> Float[Array, "B S"]:
+  """The mean weight of every key, over heads and queries."""
+  q, k, _, mask, scores, zeros = jax.lax.stop_gradient(terms)
+  ones = jnp.ones(k.shape, jnp.promote_types(k.dtype, jnp.float32))
+  attend = lambda v: softmax_attention(q, k, v, mask, scores, None, zeros)
+  out, transpose = jax.vjp(attend, ones)
+  (weights,) = transpose(jnp.ones_like(out))  # B S H K, summed over queries
+  return weights.mean(axis=(2, 3)) / q.shape[1]

@@ -119,6 +119,11 @@ class MemoryModule(nn.Module):
     return False
 
   @property
+  def regions(self) -> tuple[tuple[str, int], ...]:
+    """Names and sizes of the parts of its slots that have an age, oldest first."""
+    return ()
+
+  @property
   def apart(self) -> int:
     """How many of the first slots have relative positions of their own."""
     return 0

@@ -144,6 +144,11 @@ class CompressiveMemory(MemoryModule):
     return self.compressor == "most_used"
 
   @property
+  def regions(self) -> tuple[tuple[str, int], ...]:
+    """Compressed slots, then recent tokens."""
+    return (("compressed", self.compressed), ("memory", self.size))
+
+  @property
   def apart(self) -> int:
     """How many of the first slots have relative positions of their own."""
     return self.compressed if self.tables == "two" else 0

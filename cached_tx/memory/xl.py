@@ -45,6 +45,11 @@ class XLMemory(MemoryModule):
   start: str = "empty"
 
   @property
+  def regions(self) -> tuple[tuple[str, int], ...]:
+    """The kept tokens."""
+    return (("memory", self.size),)
+
+  @property
   def window(self) -> int:
     """Keys that a query sees, itself included; 0: all there are."""
     if self.same_length == "off":

@@ -9,6 +9,7 @@ from jaxtyping import Array
 
 from cached_tx.layers import (
   ACTIVATIONS,
+  ANALYSIS,
   MLP,
   NORMS,
   Adaptive,
@@ -70,7 +71,7 @@ class Stack(nn.Module):
       period = nn.remat(Period, prevent_cse=False, policy=policy)
     scanned = nn.scan(
       period,
-      variable_axes={"params": 0},
+      variable_axes={"params": 0, ANALYSIS: 0},
       split_rngs={"params": True, "dropout": True},
       in_axes=(0, 0, nn.broadcast),
       out_axes=0,
@@ -388,6 +389,7 @@ class DecoderLM(nn.Module):
 
     scan = nn.scan(
       one,
+      variable_axes={ANALYSIS: 0},
       variable_broadcast="params",
       split_rngs={"params": False, "dropout": True},
     )

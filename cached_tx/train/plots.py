@@ -1,8 +1,9 @@
 """Pictures of a run, drawn from its metrics.jsonl."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -177,3 +178,142 @@ def _grid(axes):
   axes.set_axisbelow(True)
   for side in ("top", "right"):
     axes.spines[side].set_visible(False)
+
+
+def attention_plot(
+  found: Mapping[str, Any], png_path: str | os.PathLike, *, title: str = ""
+) -> Path:
+  """Draws attention by bucket, and losses by layer, into a PNG 1600 pixels wide.
+
+  Bars are means with 1 sigma of their error, the oldest bucket on the left: a picture
+  of 800 pixels for each group of layers, and one for losses, where there are any.
+
+  Args:
+    found: as of `cached_tx.analyse.measured`: its groups and layers.
+    png_path: written anew.
+    title: over the plot, on the left.
+  """
+  groups, layers = found["groups"], found["layers"]
+  losses = sorted({
+    name
+    for layer in layers
+    for name, loss in layer.get("losses", {}).items()
+    if loss["mean"] is not None
+  })  # fmt: skip
+  count = len(groups) + bool(losses)
+
+  from matplotlib.backends.backend_agg import FigureCanvasAgg  # 0.5 s
+  from matplotlib.figure import Figure
+
+  figure = Figure(figsize=(8, 4 * count), layout="constrained")
+  FigureCanvasAgg(figure)
+  panels = figure.subplots(count, 1, squeeze=False)[:, 0]
+  for axes, group in zip(panels, groups, strict=False):
+    _draw_buckets(axes, group)
+  if losses:
+    _draw_losses(panels[-1], layers, losses)
+  panels[0].set_title(title, fontsize=12, loc="left")
+  path = Path(png_path)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  figure.savefig(path, dpi=200, format="png")
+  return path
+
+
+def _draw_buckets(axes, group: Mapping[str, Any]):
+  """One bar for each bucket, one colour for each region."""
+  own = group["buckets"]
+  regions = list(dict.fromkeys(bucket["region"] for bucket in own))
+  colours = dict(zip(reversed(regions), (_GREY, _BLUE, _RED), strict=False))
+  for region in regions:
+    places = [i for i, bucket in enumerate(own) if bucket["region"] == region]
+    axes.bar(
+      places,
+      [100 * own[i]["mass"] for i in places],
+      yerr=[100 * (own[i]["error"] or 0) for i in places],
+      color=colours[region],
+      capsize=2,
+      label=f"{region}, {sum(own[i]['keys'] for i in places)} keys",
+    )
+  _grid(axes)
+  axes.set_xticks(range(len(own)), [f"{bucket['part']}" for bucket in own])
+  axes.set_xlabel("sixths of each region, oldest to newest", fontsize=11)
+  axes.set_ylabel("attention, %", fontsize=11)
+  layers = ", ".join(map(str, group["layers"]))
+  axes.set_title(f"{group['memory']}, layers {layers}", fontsize=10, loc="right")
+  axes.margins(y=0.2)  # room for the legend
+  axes.legend(frameon=False, fontsize=10, loc="upper left", ncols=3)
+
+
+def _draw_losses(axes, layers: Sequence[Mapping[str, Any]], names: Sequence[str]):
+  """One line for each loss, over the layers that have it."""
+  for name, colour in zip(names, (_RED, _BLUE, _GREY), strict=False):
+    own = [layer for layer in layers if name in layer.get("losses", {})]
+    values = [layer["losses"][name] for layer in own]
+    means = [np.nan if v["mean"] is None else v["mean"] for v in values]
+    axes.errorbar(
+      [layer["layer"] for layer in own],
+      means,
+      yerr=[v["error"] or 0 for v in values],
+      fmt="o-",
+      color=colour,
+      markersize=4,
+      capsize=2,
+      label=name,
+    )
+  _grid(axes)
+  axes.set_ylim(bottom=0)
+  axes.set_xticks([layer["layer"] for layer in layers])
+  axes.set_xlabel("layer", fontsize=11)
+  axes.set_ylabel("compression loss", fontsize=11)
+  axes.legend(frameon=False, fontsize=10, loc="upper right")
+
+
+def recall_plot(found: Mapping[str, Any], png_path: str | os.PathLike) -> Path:
+  """Draws accuracy against distance, a panel of 800 pixels' width for each task.
+
+  Args:
+    found: as of `cached_tx.recall.recall`: its runs, and chance, segment and longest.
+      Runs that differ in their seed alone become one line, their mean, over a band from
+      the worst to the best.
+    png_path: written anew.
+  """
+  tasks = list(dict.fromkeys(run["task"] for run in found["runs"]))
+  kinds = list(dict.fromkeys(run["kind"] for run in found["runs"]))
+
+  from matplotlib import colormaps
+  from matplotlib.backends.backend_agg import FigureCanvasAgg  # 0.5 s
+  from matplotlib.figure import Figure
+
+  columns = min(2, len(tasks))
+  lines = -(-len(tasks) // columns)
+  figure = Figure(figsize=(max(4 * columns, 6), 3.5 * lines), layout="constrained")
+  FigureCanvasAgg(figure)
+  panels = figure.subplots(lines, columns, squeeze=False, sharey=True)
+  for axes in panels.flat[len(tasks) :]:
+    axes.set_axis_off()
+  for axes, task in zip(panels.flat, tasks, strict=False):
+    for number, kind in enumerate(kinds):
+      own = [
+        r["accuracy"] for r in found["runs"] if (r["task"], r["kind"]) == (task, kind)
+      ]
+      if not own:
+        continue
+      values, colour = 100 * np.array(own), colormaps["tab10"](number)
+      distances = range(values.shape[1])
+      axes.plot(distances, values.mean(0), "o-", color=colour, markersize=3, label=kind)
+      axes.fill_between(
+        distances, values.min(0), values.max(0), color=colour, alpha=0.15, linewidth=0
+      )
+    chance = 100 * found["chance"]
+    axes.axhline(chance, color=_GREY, linewidth=0.9, linestyle=(0, (4, 3)), zorder=1)
+    axes.set_ylim(0, 102)
+    axes.set_xticks(range(found["longest"] + 1))
+    _grid(axes)
+    axes.set_title(task, fontsize=12, loc="left")
+    axes.set_xlabel(f"distance, segments of {found['segment']} tokens", fontsize=10)
+    axes.set_ylabel("correct answers, %", fontsize=10)
+  panels[0, 0].legend(frameon=False, fontsize=9)
+  path = Path(png_path)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  figure.savefig(path, dpi=200, format="png")
+  return path

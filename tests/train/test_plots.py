@@ -6,7 +6,13 @@ import struct
 import numpy as np
 import pytest
 
-from cached_tx.train.plots import gauge_plot, loss_plot, smoothed
+from cached_tx.train.plots import (
+  attention_plot,
+  gauge_plot,
+  loss_plot,
+  recall_plot,
+  smoothed,
+)
 
 
 def write(path, train=200, evaluations=4):
@@ -76,3 +82,38 @@ def test_smoothed():
   spike = np.eye(1, 400, 200)[0]
   np.testing.assert_allclose(smoothed(spike)[196:205].max(), 1 / 9)
   np.testing.assert_allclose(smoothed(spike)[[195, 205]], 0, atol=1e-12)
+
+
+@pytest.mark.parametrize("losses", [True, False])
+def test_attention_plot(tmp_path, losses):
+  bucket = {"keys": 8, "mass": 1 / 18, "error": 0.01}
+  names = ("compressed", "memory", "sequence")
+  parts = [{"region": r, "part": p, **bucket} for r in names for p in range(1, 7)]
+  parts[3]["error"] = None
+  nothing = {"mean": None, "error": None}
+  layers = [
+    {"layer": 0, "losses": {"reconstruction": {"mean": 0.3, "error": 0.1}}},
+    {"layer": 1, "losses": {"reconstruction": nothing}},
+    {"layer": 2},
+  ]
+  found = {
+    "groups": [{"memory": "compressive", "layers": [0, 1], "buckets": parts}],
+    "layers": layers if losses else [{"layer": 0}],
+  }
+  path = attention_plot(found, tmp_path / "plots" / "attention.png", title="a")
+  pixels, length = size(path)
+  assert pixels == (1600, 800 * (1 + losses)) and length > 10_000
+
+
+@pytest.mark.parametrize("tasks,pixels", [(1, (1200, 700)), (3, (1600, 1400))])
+def test_recall_plot(tmp_path, tasks, pixels):
+  runs = [
+    {"task": f"t{i % tasks}", "kind": kind, "accuracy": [1.0, 0.9 - 0.2 * i, 0.1]}
+    for i in range(2 * tasks)
+    for kind in ("xl", "favor")
+  ]
+  runs.pop()  # a kind that one task lacks a seed of
+  found = {"runs": runs, "chance": 0.1, "segment": 16, "longest": 2}
+  path = recall_plot(found, tmp_path / "plots" / "recall.png")
+  (width, height), length = size(path)
+  assert (width, height) == pixels and length > 10_000
