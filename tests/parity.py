@@ -18,6 +18,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 import numpy as np  # noqa: E402
 
+from benchmarks.machine import describe  # noqa: E402
 from tests.kinds import precision  # noqa: E402
 from tests.layers import (  # noqa: E402
   test_compressive,
@@ -47,12 +48,16 @@ class Errors:
         self.worst = max(self.worst, float(gap / (np.abs(b).max() or 1.0)))
 
 
-def calls(test: Any) -> Iterator[tuple[Any, ...]]:
+def calls(test: Any) -> Iterator[dict[str, Any]]:
   """The arguments that a test is parametrised with."""
-  marks = [m for m in test.pytestmark if m.name == "parametrize"]
-  values = [[getattr(v, "values", v) for v in mark.args[1]] for mark in marks[::-1]]
-  for picked in itertools.product(*values):
-    yield tuple(x for v in picked for x in (v if isinstance(v, tuple) else (v,)))
+  marks = [m for m in getattr(test, "pytestmark", ()) if m.name == "parametrize"]
+  for picked in itertools.product(*(mark.args[1] for mark in marks)):
+    found: dict[str, Any] = {}
+    for mark, value in zip(marks, picked, strict=True):
+      names = mark.args[0].split(",")
+      values = getattr(value, "values", value if len(names) > 1 else (value,))
+      found |= dict(zip(names, values, strict=True))
+    yield found
 
 
 def noted(module: Any, name: str, run: Callable[[], Any]) -> Errors:
@@ -98,8 +103,8 @@ def of_compressive() -> Iterator[tuple[str, Errors]]:
 
     def run(own=own):
       for test in own:
-        for args in calls(test):
-          test(*args)
+        for arguments in calls(test):
+          test(**arguments)
 
     yield name, noted(test_compress, "close", run)
 
@@ -114,6 +119,11 @@ def of_grc() -> Iterator[tuple[str, Errors]]:
 
 def main() -> None:
   """Prints markdown rows as they are found."""
+  about = describe()
+  print(
+    f"`python -m tests.parity`, commit {about['commit']}, {about['processor']}, Python "
+    f"{about['python']}, JAX {about['jax']}:\n"
+  )
   print("| file of `tests/golden` | worst error |\n|---|---|")
   for name, errors in itertools.chain(of_xl(), of_compressive(), of_grc()):
     assert errors.arrays, name
