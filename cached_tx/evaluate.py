@@ -50,6 +50,7 @@ def evaluate(
     FileNotFoundError: nothing was trained in `workdir`.
     ValueError: an argument out of its range, or a change that does not fit.
   """
+  _check_memory(memory)
   given = Experiment.of(workdir, changes=changes)
   rows = rows or given.config.eval.batch
   if rows < 1 or segments < 0:
@@ -104,9 +105,7 @@ def measured(
   Raises:
     ValueError: an unknown split or memory.
   """
-  for name in memory:
-    if name not in MEMORY:
-      raise ValueError(f"memory={name!r} is unknown: one of {', '.join(MEMORY)}")
+  _check_memory(memory)
   model = experiment.model
   documents = experiment.documents(split)
   size = counts(documents)
@@ -144,6 +143,12 @@ def measured(
       for name, result in results.items()
     },
   }
+
+
+def _check_memory(names: Sequence[str]) -> None:
+  for name in names:
+    if name not in MEMORY:
+      raise ValueError(f"memory={name!r} is unknown: one of {', '.join(MEMORY)}")
 
 
 def _score(

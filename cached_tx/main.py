@@ -3,6 +3,7 @@
 Flags only. What a command needs is imported when it runs, so that help is instant.
 """
 
+import difflib
 import json
 import sys
 from collections.abc import Sequence
@@ -335,7 +336,9 @@ def run(argv: Sequence[str] | None = None) -> None:
     print(__version__)
     sys.exit(0)
   if name not in COMMANDS:
-    print(f"cached-tx: no command {name!r}\n\n{_usage()}", file=sys.stderr)
+    near = difflib.get_close_matches(name, COMMANDS, 1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    print(f"cached-tx: no command {name!r}{hint}\n\n{_usage()}", file=sys.stderr)
     sys.exit(2)
   sys.exit(execute(name, COMMANDS[name], argv[2:]))
 

@@ -95,7 +95,7 @@ def test_the_mesh_fits_the_rows(rows, devices):
     ({"memory": ["lost"]}, "memory='lost' is unknown"),
     ({"memory": ["shuffled"], "rows": 1}, "needs 2 rows"),
     ({"split": "exam"}, "split='exam'"),
-    ({"changes": ["memory.sise=3"]}, "memory.sise does not exist"),
+    ({"changes": ["memory.sise=3"]}, r"memory.sise does not exist; did.* memory.size"),
     ({"changes": ["model.width=16"]}, "wanted float32"),
     ({"rows": -1}, "rows=-1"),
     ({"segments": -1}, "segments=-1"),

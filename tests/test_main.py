@@ -45,7 +45,7 @@ def test_help(command):
     assert status == 0 and all(f"  {name} " in out for name in main.COMMANDS)
   assert command()[0] == 2
   status, out, err = command("trian")
-  assert status == 2 and "no command 'trian'" in err and not out
+  assert status == 2 and "no command 'trian'; did you mean train?" in err and not out
   assert command("--version")[:2] == (0, f"{cached_tx.__version__}\n")
 
 

@@ -100,6 +100,15 @@ def _check_keys(
     raise ValueError(f"config lacks {', '.join(missing)}")
 
 
+def _names(config: Mapping[str, Any], prefix: str = "") -> list[str]:
+  """The keys of all sections, as section.key."""
+  found = []
+  for key, value in config.items():
+    inner = _names(value, f"{prefix}{key}.") if isinstance(value, Mapping) else []
+    found += inner or [prefix + key]
+  return found
+
+
 def from_json(stored: Mapping[str, Any]) -> ConfigDict:
   """A config as `config.json` holds it. Lists become tuples."""
 
@@ -136,7 +145,9 @@ def overridden(config: ConfigDict, changes: list[str]) -> ConfigDict:
     for section in sections:
       place = place.get(section) if isinstance(place, dict) else None
     if not isinstance(place, dict) or last not in place:
-      raise ValueError(f"config key {key} does not exist, so it cannot be changed")
+      near = difflib.get_close_matches(key, _names(plain), 1)
+      hint = f"; did you mean {near[0]}?" if near else ""
+      raise ValueError(f"config key {key} does not exist{hint}")
     old = place[last]
     value = text if isinstance(old, str) else value
     if isinstance(old, float) and isinstance(value, int):

@@ -42,6 +42,8 @@ class Progress:
         "", total=total, completed=start, text="compiling"
       )
       self._bar.start()
+    elif start < total:
+      self.note(f"step {start}/{total}  compiling")  # nothing follows for a while
 
   def update(self, done: int, summary: str):
     """Shows that `done` steps are finished."""
