@@ -47,10 +47,10 @@ def execute(name: str, command: Command, arguments: list[str]) -> int:
     if {"-h", "--help"} & set(arguments):
       print(help_text(name, command, values))
       return 0
-    _parse(values, [_underscored(argument, values) for argument in argv])
+    _parse(values, argv)
     return command.run(values) or 0
   except (ValueError, OSError, FloatingPointError, flags.Error) as error:
-    if "--debug_errors" in arguments:
+    if values["debug_errors"].value:
       _leave_others(error)
       raise
     print(f"cached-tx {name}: {error}", file=sys.stderr)
@@ -68,14 +68,6 @@ def _leave_others(error: Exception | None = None) -> None:
     if error is not None:
       traceback.print_exception(error)
     processes.leave_at_once(1)
-
-
-def _underscored(argument: str, values: flags.FlagValues) -> str:
-  """--load-state, where the flag is named --load_state."""
-  name, *rest = argument.split("=", 1)
-  own = name.removeprefix("--").replace("-", "_")
-  is_flag = name.startswith("--") and own in values
-  return "=".join([f"--{own}", *rest]) if is_flag else argument
 
 
 def _parse(values: flags.FlagValues, argv: list[str]) -> None:

@@ -172,7 +172,8 @@ def text(found: dict[str, Any]) -> str:
   """What `evaluate` found, for people."""
   kinds = ["running sums" if s is None else f"{s}" for s in found["attended_slots"]]
   part = "whole split" if found["whole"] else "beginning of every row only"
-  part += ", as one ordered text" * found["ordered"]
+  if found["ordered"]:
+    part += " as one text in equal lanes, its tail dropped"
   lines = [
     f"{found['data']} {found['split']}, {part}: {found['targets']:,} tokens predicted "
     f"of {found['bytes']:,} bytes in {found['documents']:,} documents, "

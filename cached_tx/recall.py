@@ -275,6 +275,11 @@ def _ends(run: dict[str, Any], longest: int) -> str:
   return f"reaches {run['reach']} segments" + " or more" * (run["reach"] == longest)
 
 
+def _error(share: float, count: int) -> float:
+  """Of a share of so many answers, in %."""
+  return 100 * math.sqrt(share * (1 - share) / count)
+
+
 def text(found: dict[str, Any]) -> str:
   """What `recall` found, for people."""
   lines = []
@@ -283,14 +288,18 @@ def text(found: dict[str, Any]) -> str:
     lines += [
       "",
       f"{task}: accuracy in %, chance {100 * found['chance']:.1f}, by distance in "
-      f"segments of {found['segment']} tokens",
+      f"segments of {found['segment']} tokens; of {runs[0]['answers']:,} answers, one "
+      f"standard error is {_error(found['chance'], runs[0]['answers']):.1f} at chance, "
+      f"{_error(0.5, runs[0]['answers']):.1f} at most",
       "",
     ]
-    head = ("memory", *map(str, range(found["longest"] + 1)), "", "steps")
+    distances = map(str, range(found["longest"] + 1))
+    head = ("memory", *distances, "", "steps", "seed", "parameters")
     rows = [head]
     for run in runs:
       shares = [f"{100 * share:.0f}" for share in run["accuracy"]]
       ends = _ends(run, found["longest"])
-      rows.append((run["kind"], *shares, ends, f"{run['steps']:,}"))
+      made = (f"{run['steps']:,}", f"{run['seed']}", f"{run['parameters']:,}")
+      rows.append((run["kind"], *shares, ends, *made))
     lines += aligned(rows)
   return "\n".join([*lines, "", f"plot: {found['plot']}"])

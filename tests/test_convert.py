@@ -54,6 +54,21 @@ def test_files_are_read(ending, tmp_path):
   assert params["content_bias"].dtype == np.float32
 
 
+@pytest.mark.parametrize("ending", ["safetensors", "npz"])
+def test_a_damaged_file_is_named(ending, tmp_path):
+  path = tmp_path / f"model.{ending}"
+  arrays = {"a": np.zeros((4, 4), np.float32)}
+  if ending == "npz":
+    np.savez(path, **arrays)
+  else:
+    safetensors.numpy.save_file(arrays, path)
+  path.write_bytes(path.read_bytes()[:-40])
+  with pytest.raises(
+    ValueError, match=rf"model\.{ending} cannot be read as \.{ending}"
+  ):
+    read_weights(path)
+
+
 def test_pickles_are_not_read(tmp_path):
   with pytest.raises(ValueError, match=r"model\.pt is neither .* can run code"):
     read_weights(tmp_path / "model.pt")
@@ -249,6 +264,10 @@ def test_a_run_gives_the_official_numbers(tmp_path):
   assert found["vocab"] == len(words) + 1  # BOS
   count = sum(a.size for k, a in weights.items() if not k.startswith("crit.out_layers"))
   assert found["parameters"] == count + len(words) + 1 + meta["config"]["d_model"]
+  counted = config.copy_and_resolve_references().unlock()
+  counted.data.vocab = ""
+  with pytest.raises(ValueError, match=r"data\.vocab is ''.*order of the weights' ids"):
+    convert(counted, tmp_path / "model.safetensors", tmp_path / "other")
   with pytest.raises(ValueError, match="has a run: give a new --workdir"):
     convert(config, tmp_path / "model.safetensors", run)
 

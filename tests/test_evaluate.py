@@ -72,7 +72,7 @@ def test_one_ordered_text():
   losses = np.take_along_axis(losses, lanes[:, 1:, None], axis=2)
   assert (found["targets"], found["ordered"]) == (32, True)
   assert found["scores"]["kept"]["loss"] == pytest.approx(losses.mean(), rel=1e-5)
-  assert "as one ordered text" in text(found)
+  assert "as one text in equal lanes, its tail dropped" in text(found)
 
 
 def test_a_perplexity_beyond_every_float_is_a_dash():
@@ -95,7 +95,11 @@ def test_the_mesh_fits_the_rows(rows, devices):
     ({"memory": ["lost"]}, "memory='lost' is unknown"),
     ({"memory": ["shuffled"], "rows": 1}, "needs 2 rows"),
     ({"split": "exam"}, "split='exam'"),
-    ({"changes": ["memory.sise=3"]}, r"memory.sise does not exist; did.* memory.size"),
+    (
+      {"changes": ["memory.sise=3"]},
+      r"memory\.sise is 3, but .* has no such option; .*size",
+    ),
+    ({"changes": ["eval.rows=3"]}, r"eval\.rows does not exist; did you mean .*\?"),
     ({"changes": ["model.width=16"]}, "wanted float32"),
     ({"rows": -1}, "rows=-1"),
     ({"segments": -1}, "segments=-1"),

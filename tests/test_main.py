@@ -171,6 +171,7 @@ def test_analyse(command, tmp_path):
 
 def test_recall(command, tmp_path, monkeypatch):
   run = {"task": "mqar", "kind": "xl", "steps": 3, "accuracy": [1.0, 0.5], "reach": 0}
+  run |= {"answers": 512, "parameters": 7, "seed": 4}
   found = {"runs": [run], "chance": 0.1, "segment": 16, "longest": 1, "plot": "p.png"}
   asked = []
 

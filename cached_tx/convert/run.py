@@ -39,8 +39,15 @@ def convert(
     FileNotFoundError: no such file of weights, or of data.
     ValueError: weights and config do not fit, or the folder has a run: says what.
   """
-  if (Path(workdir) / "config.json").exists():
-    raise ValueError(f"{os.fspath(workdir)} has a run: give a new --workdir")
+  for name in ("config.json", "checkpoints"):
+    if (Path(workdir) / name).exists():
+      raise ValueError(f"{os.fspath(workdir)} has a run: give a new --workdir")
+  if config.data.tokenizer != "bytes" and not config.data.vocab:
+    raise ValueError(
+      f"data.vocab is {config.data.vocab!r}; it must name a file with the words in the "
+      "order of the weights' ids, one a line: a vocabulary that is counted here has "
+      "another order"
+    )
   experiment = Experiment(config)
   model, mesh = experiment.model, experiment.mesh
   params = from_official_xl(read_weights(weights), model)
@@ -58,9 +65,9 @@ def convert(
     own = jax.device_put(params, shardings.params)
     average = jax.device_put(params, shardings.ema) if config.optimizer.ema else ()
     state = state.replace(params=own, ema=average)
-    write_config(workdir, to_json(config))
     about = {"step": 0, "tokenizer": experiment.tokenizer.identity}
     with Checkpoints(workdir, keep=config.save.keep) as checkpoints:
       checkpoints.save(0, state, about)
+    write_config(workdir, to_json(config))  # last: without it, nobody takes up the run
   count = sum(leaf.size for leaf in jax.tree.leaves(params))
   return {"workdir": os.fspath(workdir), "parameters": count, "vocab": model.vocab}

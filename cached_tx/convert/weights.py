@@ -15,20 +15,35 @@ def read_weights(path: str | os.PathLike) -> dict[str, np.ndarray]:
 
   Raises:
     FileNotFoundError: no such file.
-    ValueError: another kind of file, or an array of Python objects.
+    ValueError: another kind of file, a damaged one, or an array of Python objects.
   """
   path = Path(path)
-  if path.suffix == ".safetensors":
-    import safetensors.numpy
-
-    return safetensors.numpy.load_file(path)
-  if path.suffix == ".npz":
-    with np.load(path, allow_pickle=False) as found:
-      return {name: found[name] for name in found.files}
+  readers = {".safetensors": _safetensors, ".npz": _npz}
+  if path.suffix in readers:
+    try:
+      return readers[path.suffix](path)
+    except OSError:
+      raise
+    except Exception as error:  # the formats' own errors have no common class
+      raise ValueError(f"{path} cannot be read as {path.suffix}: {error}") from error
   raise ValueError(
     f"{path} is neither .safetensors nor .npz. A pickle (.pt, .bin) can run code and "
     "is not read; help(cached_tx.convert) says how PyTorch makes a .safetensors of it"
   )
+
+
+def _safetensors(path: Path) -> dict[str, np.ndarray]:
+  import safetensors.numpy
+
+  return safetensors.numpy.load_file(path)
+
+
+def _npz(path: Path) -> dict[str, np.ndarray]:
+  with path.open("rb") as file:
+    found = np.load(file, allow_pickle=False)
+    if not isinstance(found, np.lib.npyio.NpzFile):
+      raise ValueError("it holds one array without a name")
+    return {name: found[name] for name in found.files}
 
 
 class Taken:

@@ -32,15 +32,15 @@ def stages(accumulate: Accumulate, steps: int) -> tuple[Stage, ...]:
     ValueError: for counts below 1, or stages that are out of order or that do not end
       with an update.
   """
-  if isinstance(accumulate, int):
-    accumulate = ((0, accumulate),)
-  is_pair = lambda x: isinstance(x, Sequence) and len(x) == 2
-  if not accumulate or not all(map(is_pair, accumulate)):
+  whole = lambda x: isinstance(x, int) and not isinstance(x, bool)
+  is_pair = lambda x: isinstance(x, Sequence) and len(x) == 2 and all(map(whole, x))
+  plan: Any = ((0, accumulate),) if whole(accumulate) else accumulate
+  if not isinstance(plan, Sequence) or not plan or not all(map(is_pair, plan)):
     raise ValueError(
-      f"optimizer.accumulate is {accumulate}; it must be a number of steps, or pairs "
-      "(step, every)"
+      f"optimizer.accumulate is {accumulate}; it must be a whole number of steps, or "
+      "pairs (step, every) of them"
     )
-  firsts = [first for first, _ in accumulate]
+  firsts = [first for first, _ in plan]
   ends = [*firsts[1:], steps]
   if firsts[0] != 0 or any(a >= b for a, b in pairwise([*firsts, steps])):
     raise ValueError(
@@ -48,7 +48,7 @@ def stages(accumulate: Accumulate, steps: int) -> tuple[Stage, ...]:
       f"later than the one before it and earlier than the end, steps = {steps}"
     )
   found = []
-  for (first, every), end in zip(accumulate, ends, strict=True):
+  for (first, every), end in zip(plan, ends, strict=True):
     if every < 1:
       raise ValueError(f"optimizer.accumulate is {every}; it counts steps: 1 or more")
     if (end - first) % every:

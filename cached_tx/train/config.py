@@ -100,6 +100,11 @@ def _check_keys(
     raise ValueError(f"config lacks {', '.join(missing)}")
 
 
+def _may_be_new(sections: list[str], key: str) -> bool:
+  """Whether a config may be without this key, and have it all the same."""
+  return sections[:1] == [FREE] or key in OPTIONAL.get(".".join(sections), ())
+
+
 def _names(config: Mapping[str, Any], prefix: str = "") -> list[str]:
   """The keys of all sections, as section.key."""
   found = []
@@ -128,6 +133,9 @@ def to_json(config: ConfigDict) -> dict[str, Any]:
 def overridden(config: ConfigDict, changes: list[str]) -> ConfigDict:
   """The config with changes of the form memory.size=512; values are JSON or text.
 
+  Keys of the memory, and optional ones, may be new to the config: whoever builds the
+  model refuses what does not exist.
+
   Raises:
     ValueError: a change without "=", of a key that does not exist, or to another type.
   """
@@ -144,6 +152,9 @@ def overridden(config: ConfigDict, changes: list[str]) -> ConfigDict:
     place: Any = plain
     for section in sections:
       place = place.get(section) if isinstance(place, dict) else None
+    if isinstance(place, dict) and last not in place and _may_be_new(sections, last):
+      place[last] = value  # its default is told, and its range checked, by its module
+      continue
     if not isinstance(place, dict) or last not in place:
       near = difflib.get_close_matches(key, _names(plain), 1)
       hint = f"; did you mean {near[0]}?" if near else ""

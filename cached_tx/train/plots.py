@@ -68,7 +68,7 @@ def loss_plot(
 
 
 def gauge_plot(
-  gauges: Mapping[str, float],
+  gauges: Mapping[str, Any],
   png_path: str | os.PathLike,
   *,
   name: str,

@@ -107,7 +107,7 @@ def gradients(run, params, x, state, arrays, prefix, meta):
   return found
 
 
-# Worst error measured on CPU: in the table of tests/golden/README.md.
+# Worst error measured on CPU: in docs/parity.md.
 @pytest.mark.parametrize("name", FILES)
 def test_equals_the_official_attention(name):
   with precision("float64"):

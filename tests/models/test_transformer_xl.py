@@ -182,7 +182,7 @@ def tf_errors(name, folder=FOLDER):
   return found
 
 
-# Worst errors measured on CPU: in the table of tests/golden/README.md.
+# Worst errors measured on CPU: in docs/parity.md.
 @pytest.mark.parametrize("name", TORCH)
 def test_equals_the_pytorch_code(name):
   with precision("float64"):

@@ -28,8 +28,9 @@ def test_one_number_is_one_stage():
     (((1, 1),), "must begin with step 0"),
     (((0, 1), (4, 2), (4, 1)), "each later than the one before"),
     (((0, 1), (10, 2)), "earlier than the end, steps = 10"),
-    ((), "a number of steps, or pairs"),
-    ((0, 1, 2), "a number of steps, or pairs"),
+    (((0, 1.5),), "a whole number of steps, or pairs"),
+    ((), "a whole number of steps, or pairs"),
+    ((0, 1, 2), "a whole number of steps, or pairs"),
   ],
 )
 def test_stages_that_do_not_fit_are_refused(accumulate, message):
