@@ -5,7 +5,7 @@ A new memory is one line of `MEMORIES`.
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -74,11 +74,19 @@ MEMORIES = {
 
 # Enough to see a rule that does not depend on the kind; `make prove` asks all of them.
 FEW = ("xl-relative", "compressive-conv", "grc", "favor")
-EACH = pytest.mark.parametrize("kind", MEMORIES)
-SOME = pytest.mark.parametrize(
-  "kind",
-  [pytest.param(k, marks=() if k in FEW else pytest.mark.prove) for k in MEMORIES],
-)
+# Other options of kinds that are there already; `make prove` asks them everything.
+VARIANTS = ("xl-zeros", "compressive-used", "compressive-dilated", "grc+xl")
+
+
+def _kinds(quickly: Iterable[str]) -> pytest.MarkDecorator:
+  marks = lambda kind: () if kind in quickly else pytest.mark.prove
+  found = [pytest.param(kind, marks=marks(kind)) for kind in MEMORIES]
+  return pytest.mark.parametrize("kind", found)
+
+
+EVERY = _kinds(MEMORIES)
+EACH = _kinds([kind for kind in MEMORIES if kind not in VARIANTS])
+SOME = _kinds(FEW)
 
 
 @contextlib.contextmanager

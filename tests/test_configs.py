@@ -49,7 +49,13 @@ def test_unknown_mode_is_refused(name):
     load(name).get_config("fast")
 
 
-@pytest.mark.parametrize("name", SMOKE)
+QUICKLY = ("quickstart", "wikitext103_xl_large", "enwik8_compressive")
+
+
+@pytest.mark.parametrize(
+  "name",
+  [n if n in QUICKLY else pytest.param(n, marks=pytest.mark.prove) for n in SMOKE],
+)
 def test_smoke_runs(name, tmp_path):
   config = load(name).get_config("smoke")
   assert train(config, tmp_path).finished

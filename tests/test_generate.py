@@ -14,7 +14,7 @@ from cached_tx.data import make_tokenizer
 from cached_tx.generate import decoded, generate, is_stream, write
 from cached_tx.load import Loaded
 from cached_tx.train.metrics import CompileCounter
-from tests.kinds import MEMORIES, V, parallel, toy
+from tests.kinds import EACH, V, parallel, toy
 
 BOS = V - 1
 LENGTH = 12  # a whole number of segments
@@ -30,7 +30,7 @@ def full_greedy(own, prompt, length):
   return tokens[0, len(prompt) : len(prompt) + length].tolist()
 
 
-@pytest.mark.parametrize("kind", MEMORIES)
+@EACH
 def test_greedy_equals_the_full_forward_pass(kind):
   own = toy(kind)
   prompt = [BOS, 3, 1, 4, 1, 5]  # one whole segment and two tokens more

@@ -67,7 +67,7 @@ class Block(nn.Module):
     draw: Any = None,
     deterministic: bool = True,
   ) -> tuple[Hidden, State, Losses]:
-    """Arguments and results as of `MemoryAttention`."""
+    """Arguments and results as of `MemoryAttention`; at padding, y means nothing."""
     x = nn.with_logical_constraint(x, ("batch", "length", "embed"))
     own = self.attention_norm(x) if self.norm == "pre" else x
     y, state, losses = self.attention(

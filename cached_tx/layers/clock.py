@@ -48,6 +48,7 @@ class Clocked(Protocol):
   """A module that `run` can drive."""
 
   segment: int
+  dtype: DType
 
   def read(
     self,
@@ -97,12 +98,13 @@ def run(
     ValueError: if a boundary state gets anything but one whole segment of real tokens.
   """
   state = cleared(state)
+  x = x.astype(module.dtype)  # what a stream keeps of it
   if isinstance(state, Stream):
     return _run_stream(module, x, state, segment, deterministic, shared)
   if segment.valid is not None or x.shape[1] != module.segment:
-    padded = "with a mask of padding" if segment.valid is not None else "without"
+    padded = " with a mask of padding" if segment.valid is not None else ""
     raise ValueError(
-      f"{x.shape[1]} tokens {padded} meet a state at a segment's boundary, which takes "
+      f"{x.shape[1]} tokens{padded} meet a state at a segment's boundary, which takes "
       f"exactly {module.segment} tokens without padding: pass "
       "`open_stream(state)` instead of `state`, or change segment"
     )
@@ -122,15 +124,9 @@ def _where(rows: Bool[Array, "B"], new: Any, old: Any) -> Any:
 
 def _begun(module: Any, stream: Stream, start: Bool[Array, "B"]) -> Stream:
   """The stream where a document begins: nothing of an older one stays in it."""
-
-  def clear(stream):
-    empty = module.empty(len(start))
-    gone = start[:, None, None]
-    tokens = jnp.where(gone, 0, stream.tokens)
-    memory = _where(start, empty, stream.memory)
-    return stream._replace(memory=memory, tokens=tokens)
-
-  return jax.lax.cond(start.any(), clear, lambda stream: stream, stream)
+  tokens = jnp.where(start[:, None, None], 0, stream.tokens)
+  memory = _where(start, module.empty(len(start)), stream.memory)
+  return stream._replace(memory=memory, tokens=tokens)
 
 
 def _run_stream(
@@ -146,6 +142,8 @@ def _run_stream(
   starts = segment.starts
   valid = jnp.ones_like(starts) if segment.valid is None else segment.valid
   x = jnp.where(valid[..., None], x, 0)
+  if module.is_initializing():  # no parameter can be made inside the loop
+    module.fold(state.tokens, state.starts, state.memory)
 
   def token(module, stream, now):
     x, start, valid = now  # B D, B, B

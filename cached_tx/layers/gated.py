@@ -9,6 +9,7 @@ from jaxtyping import Array, Bool, Float, Int
 from cached_tx.layers import clock
 from cached_tx.layers.analysis import ANALYSIS, Blended, asked
 from cached_tx.layers.base import MemoryAttention
+from cached_tx.layers.dropout import Dropout
 from cached_tx.layers.projections import ToHeads
 from cached_tx.layers.slots import SlotAttention
 from cached_tx.memory import NoMemory, XLMemory, partitioned
@@ -55,6 +56,15 @@ class GatedAttention(MemoryAttention):
         f"memory.inner is {self.memory.inner}, but the layer was given an inner "
         "attention, which has a memory of its own: set memory.inner to 0"
       )
+    inner = self._inner()
+    inner.check()
+    for name in ("width", "heads", "head_width", "segment"):
+      own, other = getattr(self, name), getattr(inner, name)
+      if own != other:
+        raise ValueError(
+          f"the inner attention has {name} {other}, and the layer {own}: they must be "
+          "equal, for their heads are blended"
+        )
 
   @nn.nowrap
   def _inner(self) -> MemoryAttention:
@@ -72,8 +82,14 @@ class GatedAttention(MemoryAttention):
       parent=None,
     )
 
+  @nn.nowrap
+  def draw(self, layer: Array | int) -> Any:
+    """Random constants of the attention beside the cache, which has none."""
+    return self._inner().draw(layer)
+
   def setup(self) -> None:
     """Makes the projections of the memory branch."""
+    self.drop = Dropout(self.dropout)
     heads = (self.heads, self.memory.channels(self.width) // self.heads)
     self.memory_query = ToHeads(*heads, self.dtype)
     self.memory_key = ToHeads(*heads, self.dtype)
@@ -160,7 +176,10 @@ class GatedAttention(MemoryAttention):
     deterministic: bool,
   ) -> tuple[Heads, Float[Array, "B L H"]]:
     """What each query finds in the cache, and how much of it to take."""
-    del tokens, deterministic
+    del tokens
+    drop = None
+    if self.dropout and not deterministic:
+      drop = lambda weights: self.drop(weights, deterministic=False)
     documents = document_ids(starts)
     if index is not None:
       documents = jnp.take_along_axis(documents, index, axis=1)
@@ -173,6 +192,7 @@ class GatedAttention(MemoryAttention):
       self.memory_key(values),
       self.memory_value(values),
       slots.valid[:, None],
+      dropout=drop,
     )
     seen = slots.valid.any(axis=1)[:, None] & (documents == 0)  # B L
     gate = jnp.where(seen[..., None], nn.sigmoid(self.gate)[None, None], 0)

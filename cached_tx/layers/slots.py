@@ -15,7 +15,7 @@ from cached_tx.layers.dropout import Dropout
 from cached_tx.layers.projections import ToHeads
 from cached_tx.layers.reconstruction import reconstruction_loss
 from cached_tx.memory import partitioned
-from cached_tx.ops.attention import softmax_attention
+from cached_tx.ops.attention import attention_weights, softmax_attention
 from cached_tx.ops.documents import causal_mask, document_ids, places_before
 from cached_tx.ops.positions import by_key, rotate, sinusoids
 from cached_tx.types import Heads, Hidden, Losses, Segment, State
@@ -253,9 +253,8 @@ class SlotAttention(MemoryAttention):
   ) -> Float[Array, "B S"]:
     """Weights, without dropout, of every slot and token: mean of heads and queries.
 
-    Attention is linear in the values; its transpose says what each of them gave. It
-    is asked of the whole segment at once, so that no cutting into calls changes it.
-    No gradient flows.
+    Asked of the whole segment at once, so that no cutting into calls changes it. No
+    gradient flows.
     """
     return _received(self._terms(tokens, None, tokens, starts, memory))
 
@@ -280,10 +279,6 @@ class SlotAttention(MemoryAttention):
 
 
 def _received(terms: tuple[Any, ...]) -> Float[Array, "B S"]:
-  """The mean weight of every key, over heads and queries."""
+  """What keys get of the queries' weights, in the mean; no gradient flows."""
   q, k, _, mask, scores, zeros = jax.lax.stop_gradient(terms)
-  ones = jnp.ones(k.shape, jnp.promote_types(k.dtype, jnp.float32))
-  attend = lambda v: softmax_attention(q, k, v, mask, scores, None, zeros)
-  out, transpose = jax.vjp(attend, ones)
-  (weights,) = transpose(jnp.ones_like(out))  # B S H K, summed over queries
-  return weights.mean(axis=(2, 3)) / q.shape[1]
+  return attention_weights(q, k, mask, scores, zeros).mean(axis=(1, 2))

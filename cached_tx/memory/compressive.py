@@ -34,6 +34,12 @@ class UsedState(NamedTuple):
   compressed: Fifo
   usage: Float[Array, "B M"]  # float32 or wider; 0 where not valid
 
+  def cleared(self) -> "UsedState":
+    """The state with 0 at places that hold nothing, whatever stands there."""
+    recent, compressed = self.recent.cleared(), self.compressed.cleared()
+    usage = jnp.where(recent.valid, self.usage, 0)
+    return UsedState(recent, compressed, usage)
+
 
 class CompressiveMemory(MemoryModule):
   """Keeps the last inputs as they are and older ones compressed (Algorithm 1).
@@ -114,16 +120,25 @@ class CompressiveMemory(MemoryModule):
 
   @property
   def min_tbptt(self) -> int:
-    """2 where only the model's own loss can train the compressor."""
-    return 2 if self.compressor in LEARNED and self.loss == "none" else 1
+    """2 where a choice is about what a gradient of two segments does."""
+    return 2 if self._learns_later or self.gradient == "slots" else 1
 
   @property
   def min_tbptt_reason(self) -> str:
     """Why fewer are refused."""
+    if not self._learns_later:
+      return (
+        "memory.gradient 'slots' is about gradients that cross a boundary; or set it "
+        "to carry"
+      )
     return (
       "a compressor without a loss of its own is trained only through the slots "
       'that a later segment reads; or set memory.loss to "attention"'
     )
+
+  @property
+  def _learns_later(self) -> bool:
+    return self.compressor in LEARNED and self.loss == "none"
 
   @property
   def auxiliary(self) -> tuple[str, ...]:

@@ -119,6 +119,17 @@ def _check_unread(memory: Any) -> None:
 
 def _check_reach(memory: Any, segment: int) -> None:
   reach = memory.reach
+  if memory.padding == "valid" and reach.span == memory.rate:
+    raise ValueError(
+      "memory.padding is 'valid', but slots see no more than their own "
+      f"{memory.rate} tokens, so that there is no edge: leave it 'causal', or set "
+      "memory.overlap"
+    )
+  if memory.queries == "later" and memory.size >= segment:
+    raise ValueError(
+      f"memory.queries is 'later', but with memory.size {memory.size} all of the "
+      f"segment of {segment} comes after what is replaced: leave it 'segment'"
+    )
   if not reach.count(segment):
     raise ValueError(
       f"memory.rate is {memory.rate}, and a slot is made of {reach.span - reach.left} "

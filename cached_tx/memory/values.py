@@ -90,6 +90,8 @@ def pick_rows(
 def stack_rows(states: Sequence[State], axis: int | None = None) -> State:
   """One state with the rows of several, in order.
 
+  A cache that all rows share (GRC's shared scope) belongs to no row: carry it beside.
+
   Args:
     states: one or more, of the same model or layer; each of any number of rows. All
       boundary states or all streams.

@@ -382,8 +382,12 @@ class DecoderLM(nn.Module):
 
     def one(stack, state, now):
       x, starts, number = now
-      cut = number % self.tbptt == 0
-      state = jax.tree.map(lambda a: jnp.where(cut, jax.lax.stop_gradient(a), a), state)
+      if self.tbptt == 1:  # known before it runs: nothing is computed in vain
+        state = jax.lax.stop_gradient(state)
+      else:
+        cut = number % self.tbptt == 0
+        still = lambda a: jnp.where(cut, jax.lax.stop_gradient(a), a)
+        state = jax.tree.map(still, state)
       x, state, losses = stack(x, state, draws, Segment(starts))
       return state, (x, losses)
 

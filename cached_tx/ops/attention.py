@@ -38,6 +38,42 @@ def softmax_attention(
     The mean of v under the weights, in the dtype of v; 0 where a query sees no key.
     Computed in float32 at least.
   """
+  weights = _exponents(q, k, mask, scores, zeros)
+  total = weights.sum(axis=-1)  # B H Q
+  if dropout is not None:
+    weights = dropout(weights)
+  if zeros is not None:
+    weights = jnp.where(zeros[:, None], 0, weights)
+  out = jnp.einsum(
+    "bhqs,bshk->bqhk", weights.astype(v.dtype), v, preferred_element_type=weights.dtype
+  )
+  total = jnp.swapaxes(jnp.where(total > 0, total, 1), 1, 2)[..., None]  # B Q H 1
+  return (out / total).astype(v.dtype)
+
+
+def attention_weights(
+  q: Queries,
+  k: Keys,
+  mask: Bool[Array, "B #Q S"],
+  scores: Float[Array, "#B #H Q S"] | None = None,
+  zeros: Bool[Array, "B #Q S"] | None = None,
+) -> Scores:
+  """The weights that `softmax_attention` gives to keys, 0 where they count as zeros."""
+  weights = _exponents(q, k, mask, scores, zeros)
+  total = weights.sum(axis=-1, keepdims=True)
+  if zeros is not None:
+    weights = jnp.where(zeros[:, None], 0, weights)
+  return weights / jnp.where(total > 0, total, 1)
+
+
+def _exponents(
+  q: Queries,
+  k: Keys,
+  mask: Bool[Array, "B #Q S"],
+  scores: Float[Array, "#B #H Q S"] | None,
+  zeros: Bool[Array, "B #Q S"] | None,
+) -> Scores:
+  """The weights before the division by their sum, relative to the largest of each."""
   wide = jnp.promote_types(q.dtype, jnp.float32)
   logits = jnp.einsum("bqhk,bshk->bhqs", q, k, preferred_element_type=wide)
   if zeros is not None:
@@ -46,12 +82,4 @@ def softmax_attention(
     logits = logits + jnp.broadcast_to(scores, logits.shape).astype(logits.dtype)
   logits = jnp.where(mask[:, None], logits, -jnp.inf)
   top = jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True))
-  weights = jnp.exp(logits - jnp.where(top == -jnp.inf, 0, top))
-  total = weights.sum(axis=-1)  # B H Q
-  if dropout is not None:
-    weights = dropout(weights)
-  if zeros is not None:
-    weights = jnp.where(zeros[:, None], 0, weights)
-  out = jnp.einsum("bhqs,bshk->bqhk", weights.astype(v.dtype), v)
-  total = jnp.swapaxes(jnp.where(total > 0, total, 1), 1, 2)[..., None]  # B Q H 1
-  return (out / total).astype(v.dtype)
+  return jnp.exp(logits - jnp.where(top == -jnp.inf, 0, top))

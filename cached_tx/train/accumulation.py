@@ -17,7 +17,7 @@ class Stage(NamedTuple):
   @property
   def updates(self) -> int:
     """Updates that its steps make."""
-    return -(-self.steps // self.every)
+    return self.steps // self.every
 
 
 def stages(accumulate: Accumulate, steps: int) -> tuple[Stage, ...]:

@@ -26,8 +26,9 @@ def test_limits_are_rounded_by_chance():
   assert abs(none - (0.5 + 0.5 * np.exp(-1))) < 0.04
 
 
-def test_neighbours_are_independent():
-  lost = ~np.asarray(kept(jax.random.key(2), 0.25, (512, 1024)))
+@pytest.mark.parametrize("rate", [0.1, 0.25, 0.3])
+def test_neighbours_are_independent(rate):
+  lost = ~np.asarray(kept(jax.random.key(2), rate, (512, 1024)))
   for axis in (0, 1):
     for step in (1, 2, 3, 4, 5):
       a = lost.take(range(lost.shape[axis] - step), axis)
@@ -53,3 +54,9 @@ def test_the_same_on_any_layout(axes):
   spread = jax.jit(draw, out_shardings=place)(key)
   assert len(spread.sharding.device_set) == 8
   chex.assert_trees_all_equal(np.asarray(spread), np.asarray(jax.jit(draw)(key)))
+
+
+@pytest.mark.parametrize("rate", [-0.1, 1.0, 1.5])
+def test_rates_out_of_range_are_refused(rate):
+  with pytest.raises(ValueError, match=r"at least 0 and below 1.*model\.dropout"):
+    Dropout(rate).apply({}, jnp.ones((2, 4)), deterministic=True)
