@@ -75,7 +75,14 @@ MEMORIES = {
 # Enough to see a rule that does not depend on the kind; `make prove` asks all of them.
 FEW = ("xl-relative", "compressive-conv", "grc", "favor")
 # Other options of kinds that are there already; `make prove` asks them everything.
-VARIANTS = ("xl-zeros", "compressive-used", "compressive-dilated", "grc+xl")
+VARIANTS = (
+  "xl",
+  "xl-zeros",
+  "compressive-mean",
+  "compressive-used",
+  "compressive-dilated",
+  "grc+xl",
+)
 
 
 def _kinds(quickly: Iterable[str]) -> pytest.MarkDecorator:

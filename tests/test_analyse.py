@@ -84,7 +84,7 @@ def test_padding_does_not_count(folder, monkeypatch):
     ({"segments": -1}, "segments=-1"),
     ({"split": "exam"}, "split='exam'"),
     ({"rows": 2, "segments": 1, "full": True}, "none of 1 segments in 2 rows counts"),
-    ({"changes": ["memory.sise=3"]}, "memory.sise does not exist"),
+    ({"changes": ["memory.sise=3"]}, "memory.sise is 3, but the kind"),
   ],
 )
 def test_what_cannot_be(options, named):

@@ -59,6 +59,7 @@ def test_no_memory_is_chance_before_training(task):
   assert abs(ask(model, params, task, 1) - CHANCE) < 0.01
 
 
+@pytest.mark.prove
 def test_no_memory_is_chance_after_training():
   """By construction: within the segment it has learned to answer, beyond it cannot."""
   model, params = trained(small(steps=200), "passkey")
