@@ -49,7 +49,7 @@ def test_unknown_mode_is_refused(name):
     load(name).get_config("fast")
 
 
-QUICKLY = ("quickstart", "wikitext103_xl_large", "enwik8_compressive")
+QUICKLY = ("quickstart", "wikitext103_xl_large")
 
 
 @pytest.mark.parametrize(

@@ -38,6 +38,9 @@ def typed(tree):
   return jax.tree.map(lambda a: (a.shape, a.dtype), tree)
 
 
+LONG = pytest.mark.prove
+
+
 @EACH
 def test_state_keeps_its_type(kind):
   check_types(kind, "bfloat16")  # whose sums and logits are wider
@@ -141,7 +144,7 @@ def holes(seed, length=PLACES):
 
 
 @EACH
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", [0, *(pytest.param(i, marks=LONG) for i in (1, 2))])
 def test_a_padded_token_does_not_exist(kind, seed):
   check_holes(kind, [5, 5, 5], seed)
 
@@ -173,7 +176,14 @@ def check_holes(kind, pieces, seed):
 
 # Worst error measured on CPU, relative to the largest number: 9e-16.
 @EACH
-@pytest.mark.parametrize("phase,pieces", [(1, [5, 5, 1]), (2, [5, 5]), (5, [1, 3, 3])])
+@pytest.mark.parametrize(
+  "phase,pieces",
+  [
+    (1, [5, 5, 1]),
+    pytest.param(2, [5, 5], marks=LONG),
+    pytest.param(5, [1, 3, 3], marks=LONG),
+  ],
+)
 def test_a_document_equals_a_stream_of_its_own(kind, phase, pieces):
   """At the same phase of the clock, whatever was there before it."""
   tokens, starts = text(4)
