@@ -3,12 +3,10 @@
 import os
 import platform
 import subprocess
-import time
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 ROOT = Path(__file__).parents[1]
 
@@ -54,16 +52,3 @@ def describe() -> dict[str, Any]:
     "python": platform.python_version(),
     "jax": jax.__version__,
   }
-
-
-def matmul_rate() -> float:
-  """GFLOP/s of a float32 product of 1024 x 1024 matrices, the best of 5."""
-  a = jnp.ones((1024, 1024), jnp.float32)
-  product = jax.jit(jnp.matmul)
-  product(a, a).block_until_ready()
-  best = 0.0
-  for _ in range(5):
-    start = time.perf_counter()
-    product(a, a).block_until_ready()
-    best = max(best, 2 * 1024**3 / (time.perf_counter() - start) / 1e9)
-  return best

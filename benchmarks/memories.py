@@ -13,26 +13,21 @@ gave is measured anew, and never enters one table with this one's.
 
 import argparse
 import importlib.util
-import json
 import statistics
-import time
 from pathlib import Path
 from typing import Any
 
-import flax.linen as nn
 import jax
 
-from benchmarks.machine import ROOT, describe, matmul_rate, program
-from cached_tx.data import TrainStream, tokenize
+from benchmarks.machine import ROOT, describe, program
+from benchmarks.records import RESULTS, append, measured_by
+from benchmarks.timing import Runner, matmul_rate
 from cached_tx.evaluate import measured
 from cached_tx.inspect.flops import training_flops
 from cached_tx.inspect.sizes import state_bytes
-from cached_tx.train import sharding
 from cached_tx.train.experiment import Experiment
-from cached_tx.train.feed import Feed
-from cached_tx.train.loop import prepare, train
+from cached_tx.train.loop import train
 
-RESULTS = ROOT / "benchmarks" / "results"
 RUNS = ROOT / "runs" / "memories"
 CONFIG = ROOT / "configs" / "compare.py"
 
@@ -44,24 +39,6 @@ def compare() -> Any:
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)
   return module
-
-
-def lines(path: Path) -> list[dict[str, Any]]:
-  """The records of a JSONL file, none if it is not there."""
-  return [json.loads(s) for s in path.read_text().splitlines()] if path.exists() else []
-
-
-def measured_by(name: str, which: str | None) -> list[dict[str, Any]]:
-  """The records of one program; with None, of the one that wrote the last record."""
-  found = lines(RESULTS / name)
-  return [r for r in found if r["program"] == (which or found[-1]["program"])]
-
-
-def append(path: Path, record: dict[str, Any]) -> None:
-  """Adds a line."""
-  path.parent.mkdir(parents=True, exist_ok=True)
-  with path.open("a") as file:
-    file.write(json.dumps(record) + "\n")
 
 
 def config_of(kind: str, seed: int) -> Any:
@@ -116,31 +93,14 @@ def one(kind: str, seed: int) -> dict[str, Any]:
 
 def speed(repeats: int, steps: int) -> None:
   """Times training steps of all kinds in turn, so that all see the same machine."""
-  runs = {}
-  for kind in compare().MEMORIES:
-    experiment = Experiment(config_of(kind, 0))
-    config = experiment.config
-    length = config.segment * config.segments
-    feed = Feed(experiment.mesh, config.batch, length)
-    tokens = tokenize(experiment.documents("validation"), experiment.tokenizer)
-    stream = TrainStream(tokens, rows=config.batch, length=length, seed=0)
-    with jax.set_mesh(experiment.mesh), nn.logical_axis_rules(sharding.RULES):
-      state, _, step = prepare(experiment)
-    runs[kind] = [state, step, feed, stream, experiment.mesh]
-  for repeat in range(repeats + 1):
-    for kind, run in runs.items():
-      state, step, feed, stream, mesh = run
-      with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
-        begin = time.perf_counter()
-        for i in range(steps):
-          state, metrics = step(state, feed(stream.batch(repeat * steps + i)))
-        jax.block_until_ready(metrics)
-        seconds = time.perf_counter() - begin
-      run[0] = state
-      if repeat:  # the first round compiles
-        rate = steps * len(stream.rows) * stream.length / seconds
-        record = {"kind": kind, "tokens_per_second": rate, "matmul": matmul_rate()}
-        append(RESULTS / "speed.jsonl", record | describe())
+  runners = {kind: Runner(config_of(kind, 0)) for kind in compare().MEMORIES}
+  for runner in runners.values():
+    runner.seconds(1)  # compiles
+  for _ in range(repeats):
+    for kind, runner in runners.items():
+      rate = steps * runner.tokens / runner.seconds(steps)
+      record = {"kind": kind, "tokens_per_second": rate, "matmul": matmul_rate()}
+      append(RESULTS / "speed.jsonl", record | describe())
 
 
 def table() -> str:

@@ -12,7 +12,7 @@ import argparse
 from typing import Any
 
 from benchmarks.machine import describe, program
-from benchmarks.memories import RESULTS, append, measured_by
+from benchmarks.records import RESULTS, append, measured_by
 from cached_tx.data.recall import CHANCE, TASKS
 from cached_tx.recall import MEMORIES, SEGMENT, SLOTS, one, text
 from cached_tx.train.plots import recall_plot

@@ -13,25 +13,16 @@ benchmarks/results/xl_speed.jsonl.
 """
 
 import argparse
-import contextlib
 import statistics
-import time
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-import flax.linen as nn
-import jax
-import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from benchmarks.machine import describe
-from benchmarks.memories import RESULTS, append, compare
-from cached_tx.data import TrainStream, tokenize
+from benchmarks.memories import compare
+from benchmarks.records import RESULTS, append
+from benchmarks.timing import Runner, matmul_rate
 from cached_tx.inspect.flops import training_flops
-from cached_tx.train import sharding
-from cached_tx.train.experiment import Experiment
-from cached_tx.train.feed import Feed
-from cached_tx.train.loop import prepare
 
 
 class Case(NamedTuple):
@@ -86,69 +77,25 @@ def config_of(case: Case) -> ConfigDict:
   return config.lock()
 
 
-class Runner:
-  """A case, ready to step."""
-
-  def __init__(self, case: Case):
-    experiment = Experiment(config_of(case))
-    config = experiment.config
-    self.flops = training_flops(experiment.model, config.segments)
-    self._mesh = experiment.mesh
-    length = config.segment * config.segments
-    self._feed = Feed(self._mesh, config.batch, length)
-    tokens = tokenize(experiment.documents("validation"), experiment.tokenizer)
-    self._stream = TrainStream(tokens, rows=config.batch, length=length, seed=0)
-    self.tokens = config.batch * length
-    with self._set():
-      self._state, _, self._step = prepare(experiment)
-    self._number = 0
-
-  @contextlib.contextmanager
-  def _set(self) -> Iterator[None]:
-    with jax.set_mesh(self._mesh), nn.logical_axis_rules(sharding.RULES):
-      yield
-
-  def seconds(self, steps: int) -> float:
-    """Of so many steps."""
-    with self._set():
-      begin = time.perf_counter()
-      for _ in range(steps):
-        batch = self._feed(self._stream.batch(self._number))
-        self._state, metrics = self._step(self._state, batch)
-        self._number += 1
-      jax.block_until_ready(metrics)
-      return time.perf_counter() - begin
-
-
-def product_rate() -> float:
-  """GFLOP/s of a float32 product of 2048 x 2048 matrices, the median of 3."""
-  a = jnp.ones((2048, 2048), jnp.float32)
-  product = jax.jit(jnp.matmul)
-  product(a, a).block_until_ready()
-  times = []
-  for _ in range(3):
-    begin = time.perf_counter()
-    product(a, a).block_until_ready()
-    times.append(time.perf_counter() - begin)
-  return 2 * 2048**3 / statistics.median(times) / 1e9
-
-
 def measure(names: list[str], rounds: int, steps: int) -> list[dict[str, Any]]:
   """One record for each case and round; the cases take turns."""
-  runners = {name: Runner(CASES[name]) for name in names}
-  for runner in runners.values():
+  runners = {name: Runner(config_of(CASES[name])) for name in names}
+  flops = {}
+  for name, runner in runners.items():
     runner.seconds(1)  # compiles
+    own = runner.experiment
+    flops[name] = training_flops(own.model, own.config.segments)
   found = []
   for number in range(rounds):
     for name, runner in runners.items():
-      before = product_rate()
+      before = matmul_rate()
       rate = steps * runner.tokens / runner.seconds(steps)
       found.append({
         "case": name,
         "round": number,
         "tokens_per_second": round(rate, 1),
-        "product_gflops": round((before + product_rate()) / 2, 1),
-        "step_gflops": round(rate * runner.flops / 1e9, 1),
+        "product_gflops": round((before + matmul_rate()) / 2, 1),
+        "step_gflops": round(rate * flops[name] / 1e9, 1),
       })  # fmt: skip
   return found
 

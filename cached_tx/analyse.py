@@ -1,7 +1,7 @@
 """Where a trained model's attention goes: Rae et al., 2019, arXiv:1911.05507, 5.5."""
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,14 +9,14 @@ import flax.linen as nn
 import jax
 import numpy as np
 
-from cached_tx.data import EvaluationBatches, tokenize
-from cached_tx.evaluate import usable_mesh
+from cached_tx.data import tokenize
+from cached_tx.evaluate import opened
 from cached_tx.models import DecoderLM
 from cached_tx.tables import aligned
 from cached_tx.train import sharding
 from cached_tx.train.attended import PARTS, Group, Tally, groups, kind_of, observe
+from cached_tx.train.evaluation import Reading
 from cached_tx.train.experiment import Experiment
-from cached_tx.train.feed import Feed
 from cached_tx.train.plots import attention_plot
 
 PLOT = "attention.png"
@@ -52,21 +52,12 @@ def analyse(
     ValueError: an argument out of its range, a change that does not fit, no layer that
       gives weights to keys, or no segment that counts.
   """
-  given = Experiment.of(workdir, changes=changes)
-  rows = rows or given.config.eval.batch
-  if rows < 1 or segments < 0:
-    raise ValueError(
-      f"rows={rows}, segments={segments}: 1 or more, and 0 (all) or more"
-    )
-  groups(given.model)
-  experiment = Experiment(given.config, usable_mesh(given, rows))
-  params, step = experiment.restore_params(workdir, step)
-  found = measured(
-    experiment, params, split=split, rows=rows, segments=segments, full=full
-  )
-  path = attention_plot(found, Path(workdir) / PLOT, title=_title(found))
-  about = {"workdir": os.fspath(workdir), "step": step, "set": [*changes]}
-  return {**about, **found, "plot": os.fspath(path)}
+  own = opened(workdir, changes=changes, rows=rows, step=step)
+  reads: Any = dict(split=split, rows=own.rows, segments=segments)
+  found = {**own.about, **measured(own.experiment, own.params, full=full, **reads)}
+  title = f"{_text(found)}\n{_checkpoint(found)}; {_counted(found)}"
+  path = attention_plot(found, Path(workdir) / PLOT, title=title)
+  return {**found, "plot": os.fspath(path)}
 
 
 def measured(
@@ -104,24 +95,27 @@ def measured(
   tokens = tokenize(experiment.documents(split), experiment.tokenizer)
   tallies: list[dict[str, Tally]] = [{} for _ in own]
   with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
-    feed = Feed(mesh, rows, model.segment)
-    batches = EvaluationBatches(
-      tokens, rows=rows, length=model.segment, shard=feed.shard, shards=feed.shards
+    reading = Reading(model, tokens, rows=rows, mesh=mesh, segments=segments)
+    step = jax.jit(
+      lambda params, state, batch: observe(
+        model, params, batch.tokens, batch.starts, state
+      ),
+      out_shardings=(sharding.replicated(mesh), reading.kept),
     )
-    count = min(segments or len(batches), len(batches))
-    step, state = _step(model, mesh, rows)
-    for index in range(count):
-      batch = batches[index]
+    state = reading.empty()
+    for index in range(reading.count):
+      batch = reading.batches[index]
       last = np.stack([batch.tokens[:, -1], batch.targets[:, -1]])
       real = (last != tokens.bos).any(axis=0)  # padding is BOS after BOS
-      told, state = step(params, state, feed(batch))
+      told, state = step(params, state, reading.feed(batch))
       for tally, values in zip(tallies, jax.device_get(told), strict=True):
         _count(tally, values, real, full)
     gauges = jax.device_get(jax.jit(model.gauges)(params))
   for group, tally in zip(own, tallies, strict=True):
     if not tally["mean"].count.any():
       raise ValueError(
-        f"none of {count} segments in {rows} rows counts for memory.kind {group.kind}: "
+        f"none of {reading.count} segments in {rows} rows counts for memory.kind "
+        f"{group.kind}: "
         + (
           "with full, one must find every slot valid and begin no document; give more "
           "segments, or leave out full"
@@ -133,27 +127,13 @@ def measured(
     "data": experiment.config.data.name,
     "split": split,
     "rows": rows,
-    "segments": count,
+    "segments": reading.count,
     "segment": model.segment,
     "full": full,
     "devices": mesh.size,
     "groups": [_shared(g, t) for g, t in zip(own, tallies, strict=True)],
     "layers": _layers(model, own, tallies, gauges),
   }
-
-
-def _step(model: DecoderLM, mesh: jax.sharding.Mesh, rows: int) -> tuple[Callable, Any]:
-  """The compiled `observe`, from (params, state, batch), and an empty memory."""
-  empty = lambda: model.initial_state(rows)
-  kept = sharding.memory_shardings(jax.eval_shape(empty), mesh)
-  whole = sharding.replicated(mesh)
-  step = jax.jit(
-    lambda params, state, batch: observe(
-      model, params, batch.tokens, batch.starts, state
-    ),
-    out_shardings=(whole, kept),
-  )
-  return step, jax.jit(empty, out_shardings=kept)()
 
 
 def _count(
@@ -238,19 +218,25 @@ def _layers(
   return found
 
 
-def _title(found: dict[str, Any]) -> str:
-  return f"{found['data']} {found['split']}, segments of {found['segment']} tokens"
+def _text(found: dict[str, Any]) -> str:
+  return (
+    f"{found['data']} {found['split']}, {found['segments']:,} segments of "
+    f"{found['segment']} tokens in each of {found['rows']} rows"
+  )
+
+
+def _checkpoint(found: dict[str, Any]) -> str:
+  return ", ".join([f"checkpoint of step {found['step']}", *found["set"]])
+
+
+def _counted(found: dict[str, Any]) -> str:
+  which = "with a full memory and without a start" if found["full"] else "all"
+  return f"counted: {which}"
 
 
 def text(found: dict[str, Any]) -> str:
   """What `analyse` found, for people."""
-  which = "with a full memory, without a start" if found["full"] else "all"
-  lines = [
-    f"{_title(found)}, {found['segments']:,} in each of {found['rows']} rows; counted: "
-    f"{which}",
-    f"checkpoint of step {found['step']}"
-    + "".join(f", {change}" for change in found["set"]),
-  ]
+  lines = [f"{_text(found)}; {_counted(found)}", _checkpoint(found)]
   for group in found["groups"]:
     layers = ", ".join(map(str, group["layers"]))
     lines += [

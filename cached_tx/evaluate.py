@@ -3,7 +3,7 @@
 import math
 import os
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -13,7 +13,7 @@ from cached_tx.data import counts, tokenize
 from cached_tx.inspect import attended_slots
 from cached_tx.tables import aligned
 from cached_tx.train import sharding
-from cached_tx.train.evaluation import MEMORY, Evaluation, Evaluator
+from cached_tx.train.evaluation import MEMORY, Evaluation, Evaluator, Reading
 from cached_tx.train.experiment import Experiment
 
 
@@ -51,17 +51,44 @@ def evaluate(
     ValueError: an argument out of its range, or a change that does not fit.
   """
   _check_memory(memory)
+  own = opened(workdir, changes=changes, rows=rows, step=step)
+  reads: Any = dict(split=split, rows=own.rows, segments=segments, ordered=ordered)
+  found = measured(own.experiment, own.params, memory=memory, **reads)
+  return {**own.about, **found}
+
+
+class Opened(NamedTuple):
+  """A checkpoint to read a text with.
+
+  Attributes:
+    experiment: of the run, on devices among which the rows can be divided.
+    params: restored.
+    rows: of the text.
+    about: what that is, as JSON data: workdir, step, set.
+  """
+
+  experiment: Experiment
+  params: Any
+  rows: int
+  about: dict[str, Any]
+
+
+def opened(
+  workdir: str | os.PathLike,
+  *,
+  changes: Sequence[str] = (),
+  rows: int = 0,
+  step: int | None = None,
+) -> Opened:
+  """Restores a checkpoint; arguments and errors as of `evaluate`."""
   given = Experiment.of(workdir, changes=changes)
   rows = rows or given.config.eval.batch
-  if rows < 1 or segments < 0:
-    raise ValueError(
-      f"rows={rows}, segments={segments}: 1 or more, and 0 (all) or more"
-    )
+  if rows < 1:
+    raise ValueError(f"rows={rows}: 1 or more, or 0 for eval.batch")
   experiment = Experiment(given.config, usable_mesh(given, rows))
   params, step = experiment.restore_params(workdir, step)
-  choices: Any = dict(rows=rows, segments=segments, ordered=ordered)
-  found = measured(experiment, params, split=split, memory=memory, **choices)
-  return {"workdir": os.fspath(workdir), "step": step, "set": [*changes], **found}
+  about = {"workdir": os.fspath(workdir), "step": step, "set": [*changes]}
+  return Opened(experiment, params, rows, about)
 
 
 def usable_mesh(experiment: Experiment, rows: int) -> Mesh:
@@ -111,17 +138,12 @@ def measured(
   size = counts(documents)
   tokens = tokenize(documents, experiment.tokenizer)
   with jax.set_mesh(experiment.mesh), nn.logical_axis_rules(sharding.RULES):
-    evaluator = Evaluator(
-      model,
-      tokens,
-      rows=rows,
-      mesh=experiment.mesh,
-      segments=segments,
-      ordered=ordered,
-    )
+    cut: Any = dict(rows=rows, segments=segments, ordered=ordered)
+    reading = Reading(model, tokens, mesh=experiment.mesh, **cut)
+    evaluator = Evaluator(model, reading)
     results = {name: evaluator(params, name) for name in memory}
   every = len(tokens.flat) - len(tokens.begins)
-  whole = not segments or segments >= len(evaluator.batches)
+  whole = reading.count == len(reading.batches)
   return {
     "data": experiment.config.data.name,
     "split": split,

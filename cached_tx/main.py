@@ -40,6 +40,24 @@ def _json(values: flags.FlagValues) -> None:
   flags.DEFINE_string("json", None, "also write a JSON file", flag_values=values)
 
 
+def _selection(values: flags.FlagValues) -> None:
+  """What of which text a checkpoint reads: `_selected` gives it to the function."""
+  own: Any = {"flag_values": values}
+  flags.DEFINE_enum("split", "test", SPLITS, "which text", **own)
+  text = "change a config key, such as memory.size=512 or segment=64; may come often"
+  flags.DEFINE_multi_string("set", [], text, **own)
+  text = "lanes that the text is cut into; eval.batch if 0"
+  flags.DEFINE_integer("rows", 0, text, 0, **own)
+  text = "at most so many segments of every row; 0: the whole split"
+  flags.DEFINE_integer("segments", 0, text, 0, **own)
+  _step(values)
+
+
+def _selected(values: Any) -> dict[str, Any]:
+  own = {name: getattr(values, name) for name in ("split", "rows", "segments", "step")}
+  return {**own, "changes": values.set}
+
+
 def _required(values: flags.FlagValues, *names: str) -> None:
   for name in names:
     if getattr(values, name) is None:
@@ -92,18 +110,11 @@ def _define_evaluate(values: flags.FlagValues, argv: list[str]) -> None:
   del argv
   own: Any = {"flag_values": values}
   _workdir(values)
-  flags.DEFINE_enum("split", "test", SPLITS, "which text", **own)
+  _selection(values)
   text = "what each segment reads: kept, zeroed, shuffled, stale; several with commas"
   flags.DEFINE_list("memory", ["kept"], text, **own)
-  text = "change a config key, such as memory.size=512 or segment=64; may come often"
-  flags.DEFINE_multi_string("set", [], text, **own)
-  text = "lanes that the text is cut into; eval.batch if 0"
-  flags.DEFINE_integer("rows", 0, text, 0, **own)
-  text = "at most so many segments of every row; 0: the whole split"
-  flags.DEFINE_integer("segments", 0, text, 0, **own)
   text = "one text in equal lanes, as the code of Transformer-XL reads it"
   flags.DEFINE_bool("ordered", False, text, **own)
-  _step(values)
   _json(values)
 
 
@@ -113,13 +124,9 @@ def _evaluate(values: Any) -> None:
 
   found = evaluate(
     values.workdir,
-    split=values.split,
     memory=values.memory,
-    changes=values.set,
-    rows=values.rows,
-    segments=values.segments,
     ordered=values.ordered,
-    step=values.step,
+    **_selected(values),
   )
   _show(text(found), found, values.json)
 
@@ -212,18 +219,10 @@ def _convert(values: Any) -> None:
 
 def _define_analyse(values: flags.FlagValues, argv: list[str]) -> None:
   del argv
-  own: Any = {"flag_values": values}
   _workdir(values, "folder of the run; gets attention.png")
-  flags.DEFINE_enum("split", "test", SPLITS, "which text", **own)
-  text = "change a config key, such as memory.size=512 or segment=64; may come often"
-  flags.DEFINE_multi_string("set", [], text, **own)
-  text = "lanes that the text is cut into; eval.batch if 0"
-  flags.DEFINE_integer("rows", 0, text, 0, **own)
-  text = "at most so many segments of every row; 0: the whole split"
-  flags.DEFINE_integer("segments", 0, text, 0, **own)
+  _selection(values)
   text = "count only segments that find a full memory and in which no document begins"
-  flags.DEFINE_bool("full", False, text, **own)
-  _step(values)
+  flags.DEFINE_bool("full", False, text, flag_values=values)
   _json(values)
 
 
@@ -231,15 +230,7 @@ def _analyse(values: Any) -> None:
   _required(values, "workdir")
   from cached_tx.analyse import analyse, text
 
-  found = analyse(
-    values.workdir,
-    split=values.split,
-    changes=values.set,
-    rows=values.rows,
-    segments=values.segments,
-    full=values.full,
-    step=values.step,
-  )
+  found = analyse(values.workdir, full=values.full, **_selected(values))
   _show(text(found), found, values.json)
 
 

@@ -12,7 +12,7 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from cached_tx import baselines
-from cached_tx.evaluate import measured, usable_mesh
+from cached_tx.evaluate import measured, opened
 from cached_tx.files import write_atomically
 from cached_tx.generate import write
 from cached_tx.load import Loaded
@@ -38,10 +38,8 @@ def report(workdir: str | os.PathLike) -> dict[str, Any]:
     (bits per byte by name, or None with "baselines_skipped" saying why), sample (text,
     or None with "sample_skipped"), speed, files.
   """
-  stored = Experiment.of(workdir)
-  rows = stored.config.eval.batch
-  experiment = Experiment(stored.config, usable_mesh(stored, rows))
-  params, step = experiment.restore_params(workdir)
+  experiment, params, rows, about = opened(workdir)
+  step = about["step"]
   found: dict[str, Any] = {
     "step": step,
     "parameters": sum(a.size for a in jax.tree.leaves(params)),

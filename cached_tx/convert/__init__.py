@@ -5,10 +5,10 @@ From files that hold arrays and nothing else:
     model = model_from_official(dict(n_token=267735, n_layer=18, ...))
     params = from_official_xl(read_weights("model.safetensors"), model)
 
-or `cached-tx convert`, for a run that can be evaluated and trained on. The checkpoints of
+or `cached-tx convert`, for a run that can be evaluated and trained on. Checkpoints of
 the PyTorch code are pickles, which can run code: none is read here. Where the model has
-been built (its training script has it as `model`, or as `para_model.module`), PyTorch
-writes a file that holds its arrays alone:
+been built (its training script has it as `model`), PyTorch writes a file of its arrays
+alone:
 
     arrays = {k: v.float().clone() for k, v in model.state_dict().items()}
     safetensors.torch.save_file(arrays, "model.safetensors")

@@ -1,13 +1,11 @@
 """A text in lanes as published evaluations of Transformer-XL cut it."""
 
-from collections.abc import Sequence
-
 import numpy as np
 
-from cached_tx.data.streams import Batch, Tokens, host_rows
+from cached_tx.data.streams import Batch, Lanes, Tokens, host_rows
 
 
-class OrderedBatches(Sequence):
+class OrderedBatches(Lanes):
   """A split as the `LMOrderedIterator` of Transformer-XL's code reads it.
 
   BOS tokens are left out and no document begins: all is one text, of N tokens. It is
@@ -41,18 +39,10 @@ class OrderedBatches(Sequence):
         "lane predicts all but its first: take fewer rows (eval.batch)"
       )
     self._lanes = text[: lane * rows].reshape(rows, lane)[list(self.rows)]
-    self._length, self._bos = length, tokens.bos
+    self._length, self._width, self._bos = length, lane - 1, tokens.bos
     self.targets = rows * (lane - 1)
 
-  def __len__(self) -> int:
-    return -(-(self._lanes.shape[1] - 1) // self._length)
-
-  def __getitem__(self, index):
-    if isinstance(index, slice):
-      return [self[i] for i in range(*index.indices(len(self)))]
-    if not -len(self) <= index < len(self):
-      raise IndexError(f"batch {index} of {len(self)}")
-    first = index % len(self) * self._length
+  def _cut(self, first: int) -> Batch:
     piece = self._lanes[:, first : first + self._length + 1]
     count = piece.shape[1] - 1
     tokens = np.full((len(self.rows), self._length), self._bos, np.int32)

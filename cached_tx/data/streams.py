@@ -8,6 +8,7 @@ the whole position of the input, whatever the number of hosts.
 
 import hashlib
 import sys
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -258,7 +259,28 @@ class _Steps:
     return self._stream.batch(self._start + int(index))
 
 
-class EvaluationBatches(Sequence):
+class Lanes(Sequence):
+  """Batches that are cut from lanes of a text, one lane for each row, in order."""
+
+  _width: int  # tokens that the longest lane reads
+  _length: int  # tokens of a batch in each lane
+
+  def __len__(self) -> int:
+    return -(-self._width // self._length)
+
+  def __getitem__(self, index):
+    if isinstance(index, slice):
+      return [self[i] for i in range(*index.indices(len(self)))]
+    if not -len(self) <= index < len(self):
+      raise IndexError(f"batch {index} of {len(self)}")
+    return self._cut(index % len(self) * self._length)
+
+  @abstractmethod
+  def _cut(self, first: int) -> Batch:
+    """The batch that begins with token `first` of every lane."""
+
+
+class EvaluationBatches(Lanes):
   """A whole split, each token predicted exactly once, as a sequence of batches.
 
   Documents keep their order. Their N tokens are cut into B lanes of ceil(N / B),
@@ -280,24 +302,16 @@ class EvaluationBatches(Sequence):
     self.rows = host_rows(rows, shard, shards)
     self._tokens = tokens
     self._length = length
-    self._lane = -(-len(tokens.flat) // rows)
+    self._width = -(-len(tokens.flat) // rows)
     self.targets = len(tokens.flat) - len(tokens.begins)
 
-  def __len__(self) -> int:
-    return -(-self._lane // self._length)
-
-  def __getitem__(self, index):
-    if isinstance(index, slice):
-      return [self[i] for i in range(*index.indices(len(self)))]
-    if not -len(self) <= index < len(self):
-      raise IndexError(f"batch {index} of {len(self)}")
-    first = index % len(self) * self._length
+  def _cut(self, first: int) -> Batch:
     shape = (len(self.rows), self._length)
     tokens = np.full(shape, self._tokens.bos, np.int32)
     targets = tokens.copy()
     for i, row in enumerate(self.rows):
-      begin = row * self._lane + first
-      end = min((row + 1) * self._lane, begin + self._length)
+      begin = row * self._width + first
+      end = min((row + 1) * self._width, begin + self._length)
       piece = self._tokens.flat[begin:end]
       after = self._tokens.flat[begin + 1 : end + 1]
       tokens[i, : len(piece)] = piece

@@ -35,11 +35,17 @@ class Evaluation(NamedTuple):
     return self.nats / max(self.targets, 1)
 
 
-class Evaluator:
-  """Evaluates one model on one stream; compiled once for all parameters.
+class Reading:
+  """A split, cut into lanes for a model, and an empty memory to read them with.
 
   Attributes:
-    batches: of the stream, one segment long.
+    rows: all lanes.
+    mesh: where they are read.
+    batches: one segment long, of the rows of this host.
+    count: how many of them are read.
+    feed: takes a batch to the devices.
+    empty: makes a memory without anything in it.
+    kept: where the devices have such a memory.
   """
 
   def __init__(
@@ -52,7 +58,7 @@ class Evaluator:
     segments: int = 0,
     ordered: bool = False,
   ):
-    """Cuts the stream into `rows` lanes.
+    """Cuts the split into `rows` lanes.
 
     Args:
       model: without parameters.
@@ -61,24 +67,37 @@ class Evaluator:
       mesh: where the model runs.
       segments: at most so many segments of every lane; 0: all.
       ordered: documents do not begin anew; the lanes are those of `OrderedBatches`.
+
+    Raises:
+      ValueError: segments are negative, or the rows do not fit the mesh or the text.
     """
-    self._model, self._mesh, self._rows = model, mesh, rows
-    self._feed = Feed(mesh, rows, model.segment)
+    if segments < 0:
+      raise ValueError(f"segments={segments}: 0 (all) or more")
+    self.rows, self.mesh = rows, mesh
+    self.feed = Feed(mesh, rows, model.segment)
     kind: Any = OrderedBatches if ordered else EvaluationBatches
     self.batches = kind(
       tokens,
       rows=rows,
       length=model.segment,
-      shard=self._feed.shard,
-      shards=self._feed.shards,
+      shard=self.feed.shard,
+      shards=self.feed.shards,
     )
-    self._count = min(segments or len(self.batches), len(self.batches))
-    whole = sharding.replicated(mesh)
-    abstract = jax.eval_shape(lambda: model.initial_state(rows))
-    kept = sharding.memory_shardings(abstract, mesh)
-    self._empty = jax.jit(lambda: model.initial_state(rows), out_shardings=kept)
+    self.count = min(segments or len(self.batches), len(self.batches))
+    empty = lambda: model.initial_state(rows)
+    self.kept = sharding.memory_shardings(jax.eval_shape(empty), mesh)
+    self.empty: Callable[[], State] = jax.jit(empty, out_shardings=self.kept)
+
+
+class Evaluator:
+  """Scores one model on one reading; compiled once for all parameters."""
+
+  def __init__(self, model: DecoderLM, reading: Reading):
+    """Takes a model without parameters, and what `Reading` made for it."""
+    self._model, self._reading = model, reading
     self._compiled = False
-    self._step = jax.jit(self._segment, out_shardings=((whole, whole), kept))
+    whole = sharding.replicated(reading.mesh)
+    self._step = jax.jit(self._segment, out_shardings=((whole, whole), reading.kept))
 
   def __call__(self, params: Any, memory: str = "kept") -> Evaluation:
     """Predicts every target once, and never with a later token's help.
@@ -95,13 +114,14 @@ class Evaluator:
     """
     if memory not in MEMORY:
       raise ValueError(f"memory={memory!r} is unknown: one of {', '.join(MEMORY)}")
-    if memory == "shuffled" and self._rows < 2:
+    if memory == "shuffled" and self._reading.rows < 2:
       raise ValueError("memory='shuffled' needs 2 rows or more: change eval.batch")
-    empty = state = self._empty()
+    reading = self._reading
+    empty = state = reading.empty()
     past = [empty] * STALE if memory == "stale" else []  # before the last segments
     sums = []
-    for index in range(self._count):
-      batch = self._feed(self.batches[index])
+    for index in range(reading.count):
+      batch = reading.feed(reading.batches[index])
       if not self._compiled:
         processes.compile_together(self._step, params, state, batch)
         self._compiled = True

@@ -14,7 +14,7 @@ from cached_tx.data import Batches, Tokens, TrainStream, counts, tokenize
 from cached_tx.train import processes, sharding
 from cached_tx.train.checkpoint import Checkpoints
 from cached_tx.train.config import to_json
-from cached_tx.train.evaluation import Evaluator
+from cached_tx.train.evaluation import Evaluator, Reading
 from cached_tx.train.experiment import Experiment
 from cached_tx.train.feed import Feed
 from cached_tx.train.metrics import CompileCounter, MetricsLog
@@ -119,8 +119,15 @@ def _run(
   config = experiment.config
   state, shardings, step_fn = prepare(experiment)
   held_out = _tokens(experiment, "validation")
-  validation = _validation(experiment, held_out)
+  validation = Reading(
+    experiment.model,
+    held_out,
+    mesh=experiment.mesh,
+    rows=config.eval.batch,
+    segments=config.eval.segments,
+  )
   bytes_per_token = _bytes_per_token(experiment, validation)
+  evaluator = Evaluator(experiment.model, validation)
   about = {
     "data": data,
     "tokenizer": experiment.tokenizer.identity,
@@ -173,7 +180,7 @@ def _run(
         scores = {}
         if due(step, config.eval.every):
           params = state.ema if config.optimizer.ema else state.params
-          scores = {"loss": validation(params).loss}
+          scores = {"loss": evaluator(params).loss}
           log.write(step - 1, scores)
           log.write(step - 1, gauges(params), kind="gauge", show=False)
         leaving = preemption.reached(step)
@@ -194,18 +201,7 @@ def _tokens(experiment: Experiment, split: str) -> Tokens:
   )
 
 
-def _validation(experiment: Experiment, tokens: Tokens) -> Evaluator:
-  config = experiment.config
-  return Evaluator(
-    experiment.model,
-    tokens,
-    rows=config.eval.batch,
-    mesh=experiment.mesh,
-    segments=config.eval.segments,
-  )
-
-
-def _bytes_per_token(experiment: Experiment, validation: Evaluator) -> float:
+def _bytes_per_token(experiment: Experiment, validation: Reading) -> float:
   """1 for bytes; else measured on the validation split."""
   if experiment.tokenizer.name == "bytes":
     return 1.0

@@ -1,4 +1,4 @@
-"""Pictures of a run, drawn from its metrics.jsonl."""
+"""Pictures: of a run, of what its model attends to, of what memories recall."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -41,11 +41,7 @@ def loss_plot(
     raise ValueError(f"{jsonl_path} has no line with {metric!r}: nothing to draw")
   references = dict(references or {})
 
-  from matplotlib.backends.backend_agg import FigureCanvasAgg  # 0.5 s
-  from matplotlib.figure import Figure
-
-  figure = Figure(figsize=(8, 5), layout="constrained")
-  FigureCanvasAgg(figure)
+  figure = _figure(8, 5)
   axes = figure.add_subplot()
   if train.size:
     steps, values = train
@@ -61,10 +57,7 @@ def loss_plot(
   axes.set_ylabel(label, fontsize=11)
   axes.set_title(title, fontsize=12, loc="left")
   axes.legend(frameon=False, fontsize=10, loc="upper right", ncols=2)
-  path = Path(png_path)
-  path.parent.mkdir(parents=True, exist_ok=True)
-  figure.savefig(path, dpi=200, format="png")
-  return path
+  return _written(figure, png_path)
 
 
 def gauge_plot(
@@ -96,11 +89,7 @@ def gauge_plot(
   if not heads:
     raise ValueError(f"there is no gauge {name!r} among {sorted(gauges)}")
 
-  from matplotlib.backends.backend_agg import FigureCanvasAgg  # 0.5 s
-  from matplotlib.figure import Figure
-
-  figure = Figure(figsize=(8, 5), layout="constrained")
-  FigureCanvasAgg(figure)
+  figure = _figure(8, 5)
   axes = figure.add_subplot()
   layers = sorted(heads)
   for layer in layers:
@@ -117,6 +106,20 @@ def gauge_plot(
   axes.set_ylabel(label or name, fontsize=11)
   axes.set_title(title, fontsize=12, loc="left")
   axes.legend(frameon=False, fontsize=10, loc="upper right", ncols=2)
+  return _written(figure, png_path)
+
+
+def _figure(width: float, height: float) -> Any:
+  """An empty one, in inches; 200 pixels each when it is written."""
+  from matplotlib.backends.backend_agg import FigureCanvasAgg  # 0.5 s
+  from matplotlib.figure import Figure
+
+  figure = Figure(figsize=(width, height), layout="constrained")
+  FigureCanvasAgg(figure)
+  return figure
+
+
+def _written(figure: Any, png_path: str | os.PathLike) -> Path:
   path = Path(png_path)
   path.parent.mkdir(parents=True, exist_ok=True)
   figure.savefig(path, dpi=200, format="png")
@@ -191,7 +194,7 @@ def attention_plot(
   Args:
     found: as of `cached_tx.analyse.measured`: its groups and layers.
     png_path: written anew.
-    title: over the plot, on the left.
+    title: over all of it, on the left; may have lines.
   """
   groups, layers = found["groups"], found["layers"]
   losses = sorted({
@@ -202,21 +205,14 @@ def attention_plot(
   })  # fmt: skip
   count = len(groups) + bool(losses)
 
-  from matplotlib.backends.backend_agg import FigureCanvasAgg  # 0.5 s
-  from matplotlib.figure import Figure
-
-  figure = Figure(figsize=(8, 4 * count), layout="constrained")
-  FigureCanvasAgg(figure)
+  figure = _figure(8, 4 * count)
   panels = figure.subplots(count, 1, squeeze=False)[:, 0]
   for axes, group in zip(panels, groups, strict=False):
     _draw_buckets(axes, group)
   if losses:
     _draw_losses(panels[-1], layers, losses)
-  panels[0].set_title(title, fontsize=12, loc="left")
-  path = Path(png_path)
-  path.parent.mkdir(parents=True, exist_ok=True)
-  figure.savefig(path, dpi=200, format="png")
-  return path
+  figure.suptitle(title, fontsize=11, x=0.01, ha="left")
+  return _written(figure, png_path)
 
 
 def _draw_buckets(axes, group: Mapping[str, Any]):
@@ -280,14 +276,11 @@ def recall_plot(found: Mapping[str, Any], png_path: str | os.PathLike) -> Path:
   tasks = list(dict.fromkeys(run["task"] for run in found["runs"]))
   kinds = list(dict.fromkeys(run["kind"] for run in found["runs"]))
 
-  from matplotlib import colormaps
-  from matplotlib.backends.backend_agg import FigureCanvasAgg  # 0.5 s
-  from matplotlib.figure import Figure
+  from matplotlib import colormaps  # 0.5 s
 
   columns = min(2, len(tasks))
   lines = -(-len(tasks) // columns)
-  figure = Figure(figsize=(max(4 * columns, 6), 3.5 * lines), layout="constrained")
-  FigureCanvasAgg(figure)
+  figure = _figure(max(4 * columns, 6), 3.5 * lines)
   panels = figure.subplots(lines, columns, squeeze=False, sharey=True)
   for axes in panels.flat[len(tasks) :]:
     axes.set_axis_off()
@@ -313,7 +306,4 @@ def recall_plot(found: Mapping[str, Any], png_path: str | os.PathLike) -> Path:
     axes.set_xlabel(f"distance, segments of {found['segment']} tokens", fontsize=10)
     axes.set_ylabel("correct answers, %", fontsize=10)
   panels[0, 0].legend(frameon=False, fontsize=9)
-  path = Path(png_path)
-  path.parent.mkdir(parents=True, exist_ok=True)
-  figure.savefig(path, dpi=200, format="png")
-  return path
+  return _written(figure, png_path)
