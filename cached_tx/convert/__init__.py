@@ -12,6 +12,13 @@ alone:
 
     arrays = {k: v.float().clone() for k, v in model.state_dict().items()}
     safetensors.torch.save_file(arrays, "model.safetensors")
+
+Those of the TensorFlow code hold no code. TensorFlow reads one, and NumPy writes it:
+
+    found = tf.train.load_checkpoint("model.ckpt")
+    names = [n for n in found.get_variable_to_shape_map() if "/Adam" not in n]
+    arrays = {n: found.get_tensor(n) for n in names if n.startswith("transformer/")}
+    np.savez("model.npz", **arrays)
 """
 
 from cached_tx.convert.official import from_official_xl, model_from_official
