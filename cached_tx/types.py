@@ -9,6 +9,7 @@ N layers of a stack  P layers of a period    G periods of a stack
 
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
 from jaxtyping import Bool, Float, Int
@@ -40,3 +41,8 @@ class Segment(NamedTuple):
 
   starts: Mask
   valid: Mask | None = None
+
+  @property
+  def real(self) -> Mask:
+    """Which tokens are real, as an array."""
+    return jnp.ones_like(self.starts) if self.valid is None else self.valid

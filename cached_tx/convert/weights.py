@@ -28,7 +28,7 @@ def read_weights(path: str | os.PathLike) -> dict[str, np.ndarray]:
       raise ValueError(f"{path} cannot be read as {path.suffix}: {error}") from error
   raise ValueError(
     f"{path} is neither .safetensors nor .npz. A pickle (.pt, .bin) can run code and "
-    "is not read; python -m pydoc cached_tx.convert says how PyTorch writes a .safetensors"
+    "is not read: python -m pydoc cached_tx.convert says how to write a .safetensors"
   )
 
 

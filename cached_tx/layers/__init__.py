@@ -10,7 +10,7 @@ from cached_tx.layers.analysis import ANALYSIS, Attended, Blended
 from cached_tx.layers.base import MemoryAttention
 from cached_tx.layers.block import NORMS, Block, layer_norm
 from cached_tx.layers.clock import Stream
-from cached_tx.layers.dropout import Dropout
+from cached_tx.layers.dropout import Dropout, check_rate
 from cached_tx.layers.encoder import EncoderAttention, GatedEncoderAttention
 from cached_tx.layers.gated import GatedAttention, GatedState
 from cached_tx.layers.mlp import ACTIVATIONS, MLP
@@ -61,6 +61,7 @@ __all__ = [
   "SumsAttention",
   "Vocabulary",
   "attention_for",
+  "check_rate",
   "layer_norm",
   "vocabulary_for",
 ]

@@ -44,5 +44,5 @@ class Blended(NamedTuple):
 
 
 def asked(module: nn.Module) -> bool:
-  """Whether somebody wants to know."""
+  """Whether somebody wants to know; never in a stream, whose scan hides it."""
   return module.is_mutable_collection(ANALYSIS) and not module.is_initializing()

@@ -6,7 +6,7 @@ from jaxtyping import Array, Float, Int
 
 from cached_tx.layers.projections import ToHeads
 from cached_tx.memory import partitioned
-from cached_tx.ops.positions import by_key, sinusoids
+from cached_tx.ops.positions import distance_scores, distance_table
 from cached_tx.types import DType
 
 
@@ -45,22 +45,12 @@ class ApartPositions(nn.Module):
         them, or one index for each row.
       width: D, of the sinusoids.
     """
-    S, heads = self.slots + self.segment, (self.heads, self.head_width)
-    distances = jnp.arange(S - 1, -1, -1, dtype=jnp.int32)
-    if self.farthest:
-      distances = jnp.minimum(distances, self.farthest)
-    table = sinusoids(distances, width)
+    heads = (self.heads, self.head_width)
+    table = distance_table(self.slots + self.segment, width, self.farthest)
     r = ToHeads(*heads, self.dtype, name="distance")(table[None])[0]  # S H K
     init = partitioned(nn.initializers.zeros, "heads", "head_width")
     bias = self.param("distance_bias", init, heads, jnp.float32)
     q = q + (bias * self.head_width**-0.5).astype(q.dtype)[None, None]
-    wide = jnp.promote_types(q.dtype, jnp.float32)
-    scores = jnp.einsum("bqhk,whk->bhqw", q, r, preferred_element_type=wide)
-    if self.segment == q.shape[1] and index.shape[0] == 1:
-      return by_key(scores, S)[..., : self.slots]
-    places = jnp.arange(self.slots, dtype=jnp.int32)[None, None]
-    distance = index[:, :, None] + self.slots - places
-    column = jnp.broadcast_to(
-      (S - 1 - distance)[:, None], (*scores.shape[:3], self.slots)
-    )
-    return jnp.take_along_axis(scores, column, axis=3)
+    whole = self.segment == q.shape[1] and index.shape[0] == 1
+    place = None if whole else self.slots + index
+    return distance_scores(q, r, place, self.slots)

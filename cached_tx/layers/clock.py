@@ -2,9 +2,9 @@
 
 A module with a clock offers three methods:
 
-  read(queries, index, tokens, starts, memory, deterministic) -> arrays, B Q first
-    what the queries, standing at `index` among the C tokens of their segment, find
-    in the memory and in the tokens up to their own. None: all C, in order;
+  read(queries, index, tokens, starts, memory, deterministic, *shared) -> arrays, B Q
+    first: what the queries, standing at `index` among the C tokens of their segment,
+    find in the memory and in the tokens up to their own. None: all C, in order;
   fold(tokens, starts, memory) -> (memory, losses)
     the memory after the whole segment;
   empty(batch) -> memory
@@ -140,9 +140,9 @@ def _run_stream(
   """One token after the other."""
   C = module.segment
   starts = segment.starts
-  valid = jnp.ones_like(starts) if segment.valid is None else segment.valid
+  valid = segment.real
   x = jnp.where(valid[..., None], x, 0)
-  if module.is_initializing():  # no parameter can be made inside the loop
+  if module.is_initializing():  # what `fold` makes cannot be made inside a cond
     module.fold(state.tokens, state.starts, state.memory)
 
   def token(module, stream, now):

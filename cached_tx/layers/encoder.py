@@ -13,15 +13,10 @@ from cached_tx.memory import GRCMemory, GRCState, Slots, partitioned
 from cached_tx.ops.attention import softmax_attention
 from cached_tx.ops.documents import document_ids
 from cached_tx.ops.positions import rotate
-from cached_tx.types import DType, Heads, Hidden, Losses, Mask, Segment
+from cached_tx.types import DType, Heads, Hidden, Losses, Segment
 
 PROJECTIONS = ("joint", "branches")
 POSITIONS = ("none", "rotary")
-
-
-def real(segment: Segment) -> Mask:
-  """Which tokens are real."""
-  return jnp.ones_like(segment.starts) if segment.valid is None else segment.valid
 
 
 class EncoderAttention(nn.Module):
@@ -55,16 +50,13 @@ class EncoderAttention(nn.Module):
     bias = 0.0 if self.bias else None
     project = lambda name: ToHeads(self.heads, K, self.dtype, bias, name=name)(x)
     q, k, v = project("query"), project("key"), project("value")
-    valid = real(segment)
+    valid = segment.real
     documents = document_ids(segment.starts & valid)
     mask = (documents[:, None] == documents[:, :, None]) & valid[:, None]  # B Q S
     if self.positions == "rotary":
       place = jnp.cumsum(valid, axis=1, dtype=jnp.int32)
       q, k = rotate(q, place), rotate(k, place)
-    drop = None
-    if self.dropout and not deterministic:
-      off = Dropout(self.dropout)
-      drop = lambda weights: off(weights, deterministic=False)
+    drop = Dropout(self.dropout).function(deterministic)
     return self.kernel(q * K**-0.5, k, v, mask, dropout=drop)
 
 
@@ -236,7 +228,7 @@ class GatedEncoderAttention(nn.Module):
       ValueError: where the settings do not fit, or the tokens do not fill the grid.
     """
     training = not deterministic if training is None else training
-    valid = real(segment)
+    valid = segment.real
     x = jnp.where(valid[..., None], x, 0)
     own = self.own(x, segment, deterministic=deterministic)
     own = jnp.where(valid[..., None, None], own, 0)
@@ -265,9 +257,7 @@ class GatedEncoderAttention(nn.Module):
     k, v = (jnp.broadcast_to(a, (B, *a.shape[1:])) for a in (k, v))
     mask = jnp.broadcast_to(slots.valid[:, None], (B, 1, slots.valid.shape[1]))
     q = self.memory_query(x[..., : self.channels])
-    drop = None
-    if self.dropout and not deterministic:
-      drop = lambda p: self.drop(p, deterministic=False)
+    drop = self.drop.function(deterministic)
     found = self.kernel(q * q.shape[-1] ** -0.5, k, v, mask, dropout=drop)
     if self.projection == "branches":
       found = self.memory_output(found).reshape(found.shape)

@@ -58,12 +58,12 @@ class GatedAttention(MemoryAttention):
       )
     inner = self._inner()
     inner.check()
-    for name in ("width", "heads", "head_width", "segment"):
+    for name in ("width", "heads", "head_width", "segment", "positions"):
       own, other = getattr(self, name), getattr(inner, name)
       if own != other:
         raise ValueError(
-          f"the inner attention has {name} {other}, and the layer {own}: they must be "
-          "equal, for their heads are blended"
+          f"the inner attention has {name} {other!r}, and the layer {own!r}: they must "
+          "be equal, for their heads are blended and it alone reads positions"
         )
 
   @nn.nowrap
@@ -177,9 +177,6 @@ class GatedAttention(MemoryAttention):
   ) -> tuple[Heads, Float[Array, "B L H"]]:
     """What each query finds in the cache, and how much of it to take."""
     del tokens
-    drop = None
-    if self.dropout and not deterministic:
-      drop = lambda weights: self.drop(weights, deterministic=False)
     documents = document_ids(starts)
     if index is not None:
       documents = jnp.take_along_axis(documents, index, axis=1)
@@ -192,11 +189,11 @@ class GatedAttention(MemoryAttention):
       self.memory_key(values),
       self.memory_value(values),
       slots.valid[:, None],
-      dropout=drop,
+      dropout=self.drop.function(deterministic),
     )
     seen = slots.valid.any(axis=1)[:, None] & (documents == 0)  # B L
     gate = jnp.where(seen[..., None], nn.sigmoid(self.gate)[None, None], 0)
-    if index is None and asked(self):
+    if asked(self):
       blended = Blended(gate.mean(axis=(1, 2)), seen.all(axis=1))
       self.sow(ANALYSIS, "blended", blended)
     return found, gate.astype(self.dtype)

@@ -17,7 +17,7 @@ from cached_tx.layers.reconstruction import reconstruction_loss
 from cached_tx.memory import partitioned
 from cached_tx.ops.attention import attention_weights, softmax_attention
 from cached_tx.ops.documents import causal_mask, document_ids, places_before
-from cached_tx.ops.positions import by_key, rotate, sinusoids
+from cached_tx.ops.positions import distance_scores, distance_table, rotate
 from cached_tx.types import Heads, Hidden, Losses, Segment, State
 
 Place = Int[Array, "#B Q"]
@@ -116,7 +116,8 @@ class SlotAttention(MemoryAttention):
     self.query = ToHeads(*heads, self.dtype, bias)
     self.key = ToHeads(*heads, self.dtype, bias)
     self.value = ToHeads(*heads, self.dtype)
-    self.drop = Dropout(self._rate)
+    rate = self.dropout if self.weight_dropout is None else self.weight_dropout
+    self.drop = Dropout(rate)
     if self.positions == "relative":
       self.distance = ToHeads(*heads, self.dtype)
     if self.positions == "relative" and not self.tied:
@@ -127,10 +128,6 @@ class SlotAttention(MemoryAttention):
       self.apart = ApartPositions(
         self.memory.apart, self.segment, *heads, self.memory.farthest, self.dtype
       )
-
-  @property
-  def _rate(self) -> float:
-    return self.dropout if self.weight_dropout is None else self.weight_dropout
 
   @nn.nowrap
   def mix(
@@ -153,13 +150,11 @@ class SlotAttention(MemoryAttention):
     *biases: Bias,
   ) -> Heads:
     """Attends from the queries to the slots and to the tokens up to their own."""
-    drop = None
-    if self._rate and not deterministic:
-      drop = lambda p: self.drop(p, deterministic=False)
     terms = self._terms(queries, index, tokens, starts, memory, *biases)
     q, k, v, mask, scores, zeros = terms
-    if index is None and asked(self):
+    if asked(self):
       self.sow(ANALYSIS, "attended", self._attended(terms, starts, memory))
+    drop = self.drop.function(deterministic)
     return softmax_attention(q, k, v, mask, scores, drop, zeros)
 
   def _terms(
@@ -233,20 +228,11 @@ class SlotAttention(MemoryAttention):
     self, q: Float[Array, "B Q H K"], bias: Bias, place: Place, keys: int
   ) -> Float[Array, "B H Q S"]:
     """Transformer-XL's terms (b) and (d) for queries at `place` among S `keys`."""
-    S, Q = keys, q.shape[1]
-    distances = jnp.arange(S - 1, -1, -1, dtype=jnp.int32)
-    if self.memory.farthest:
-      distances = jnp.minimum(distances, self.memory.farthest)
-    table = sinusoids(distances, self.width)
+    table = distance_table(keys, self.width, self.memory.farthest)
     r = self.distance(table[None])[0]  # S H K
     q = q + (bias * self.head_width**-0.5).astype(q.dtype)[None, None]
-    wide = jnp.promote_types(q.dtype, jnp.float32)
-    scores = jnp.einsum("bqhk,whk->bhqw", q, r, preferred_element_type=wide)
-    if self.segment == Q and place.shape[0] == 1:
-      return by_key(scores, S)
-    column = jnp.clip(S - 1 - _distances(place, S), 0, S - 1)[:, None]  # B 1 Q S
-    column = jnp.broadcast_to(column, scores.shape)
-    return jnp.take_along_axis(scores, column, axis=3)
+    whole = self.segment == q.shape[1] and place.shape[0] == 1
+    return distance_scores(q, r, None if whole else place, keys)
 
   def received(
     self, tokens: Float[Array, "B C D"], starts: Bool[Array, "B C"], memory: State
@@ -274,8 +260,7 @@ class SlotAttention(MemoryAttention):
     full = ~starts.any(axis=1)
     if slots is not None:
       full = full & slots.valid.all(axis=1)
-    visible = jnp.broadcast_to(mask.mean(axis=1), received.shape)
-    return Attended(received, visible, full)
+    return Attended(received, mask.mean(axis=1), full)
 
 
 def _received(terms: tuple[Any, ...]) -> Float[Array, "B S"]:

@@ -24,8 +24,7 @@ def positions_in_document(
     segment: padding is not counted and gets the place of the next real token.
     before: tokens of the row's document before this call.
   """
-  starts, valid = segment
-  real = jnp.ones_like(starts) if valid is None else valid
+  starts, real = segment.starts, segment.real
   seen = jnp.cumsum(real, axis=1, dtype=jnp.int32)  # this token included
   latest = jnp.where(starts & real, seen, 0)  # its number, where a document starts
   latest = jax.lax.cummax(latest, axis=1)

@@ -27,7 +27,7 @@ class Adaptive(NamedTuple):
   shortlist, and one more after each cutoff.
 
   Attributes:
-    cutoffs: the first id of every cluster but the shortlist. None: one cluster.
+    cutoffs: the first id of every cluster but the shortlist. (): one cluster.
     divisor: rows of cluster i have width E // divisor ** i. With 1 all clusters are
       parts of one table.
     width: E; 0: D. Rows of another width than D are projected to D.
@@ -130,12 +130,9 @@ class Vocabulary(nn.Module):
 
   def setup(self) -> None:
     """Makes the table."""
-    init = partitioned(nn.initializers.normal(self.width**-0.5), "vocab", "embed")
-    shape = (self.vocab, self.width)
-    self.embedding = self.param("embedding", init, shape, jnp.float32)
+    self.embedding = _rows(self, self.vocab, self.width)
     if self.bias:
-      init = partitioned(nn.initializers.zeros, "vocab")
-      self.output_bias = self.param("output_bias", init, (self.vocab,), jnp.float32)
+      self.output_bias = _bias(self, "output_bias", self.vocab, "vocab")
 
   def embed(self, tokens: Tokens) -> Hidden:
     """The embeddings of ids below V."""
@@ -156,9 +153,7 @@ class Table(nn.Module):
 
   def setup(self) -> None:
     """Makes the rows."""
-    init = partitioned(nn.initializers.normal(self.channels**-0.5), "vocab", "embed")
-    shape = (self.rows, self.channels)
-    self.embedding = self.param("embedding", init, shape, jnp.float32)
+    self.embedding = _rows(self, self.rows, self.channels)
 
 
 class Projection(nn.Module):
@@ -221,31 +216,28 @@ class AdaptiveVocabulary(nn.Module):
       Projection(E, D) if its else None
       for E, its in zip(own.channels(D), free, strict=True)
     ]
-    zeros = nn.initializers.zeros
     if own.cutoffs:
-      count = len(own.cutoffs)
-      init = partitioned(zeros, None, "embed")
-      shape = (count, channels[0])
+      init = partitioned(nn.initializers.zeros, None, "embed")
+      shape = (len(own.cutoffs), channels[0])
       self.clusters = self.param("clusters", init, shape, jnp.float32)
     if self.bias:
-      init = partitioned(zeros, "vocab")
-      self.output_bias = self.param("output_bias", init, (self.vocab,), jnp.float32)
+      self.output_bias = _bias(self, "output_bias", self.vocab, "vocab")
     if self.bias and own.cutoffs:
-      init = partitioned(zeros, None)
-      self.cluster_bias = self.param("cluster_bias", init, (count,), jnp.float32)
+      self.cluster_bias = _bias(self, "cluster_bias", len(own.cutoffs), None)
 
   def embed(self, tokens: Tokens) -> Hidden:
     """The embeddings of ids below V."""
-    total, begin = jnp.zeros((), self.dtype), 0
+    total, begin = jnp.zeros((*tokens.shape, self.width), self.dtype), 0
     for table, projection in zip(self.tables, self.projections, strict=True):
-      own = tokens - begin
-      inside = (own >= 0) & (own < table.rows)
+      own, last = tokens - begin, begin + table.rows == self.vocab
+      # The last table gets the ids beyond it too: NaN, as of one table, and no silence.
+      inside = (own >= 0) & ((own < table.rows) | last)
       rows = jnp.asarray(table.embedding, self.dtype)
       x = jnp.take(rows, jnp.where(inside, own, 0), axis=0)
       if projection is not None:
         x = jnp.einsum("ble,ed->bld", x, jnp.asarray(projection.kernel, self.dtype))
       x = jnp.where(inside[..., None], x, 0)
-      total = x if not begin else total + x
+      total = total + x
       begin += table.rows
     return total * _scale(self.width, self.dtype)
 
@@ -298,6 +290,18 @@ def vocabulary_for(
   if choices is None:
     return Vocabulary(vocab, width, bias, dtype)
   return AdaptiveVocabulary(vocab, width, bias, dtype, choices)
+
+
+def _rows(module: nn.Module, count: int, channels: int) -> Any:
+  """The parameter of a table, whose rows' squares sum to 1."""
+  init = partitioned(nn.initializers.normal(channels**-0.5), "vocab", "embed")
+  return module.param("embedding", init, (count, channels), jnp.float32)
+
+
+def _bias(module: nn.Module, name: str, size: int, axis: str | None) -> Any:
+  """A parameter that is added to logits."""
+  init = partitioned(nn.initializers.zeros, axis)
+  return module.param(name, init, (size,), jnp.float32)
 
 
 def _scale(width: int, dtype: DType) -> Array:

@@ -86,7 +86,8 @@ class MemoryModule(nn.Module):
   Class attributes, to be overridden where they differ:
     reader: the kind of attention layer that reads this memory (layers/__init__.py).
     clocked: whether the state changes only every `segment` tokens of the row.
-    min_tbptt: segments that a gradient must span to train every parameter.
+    min_tbptt: fewest segments that a gradient must span for every option to have its
+      effect and every parameter to be trained.
     min_tbptt_reason: why, for the error message.
   """
 
@@ -95,7 +96,7 @@ class MemoryModule(nn.Module):
 
   @property
   def min_tbptt(self) -> int:
-    """Fewest segments of backpropagation with which every parameter is trained."""
+    """Fewest segments that a gradient must span; see the class."""
     return 1
 
   @property

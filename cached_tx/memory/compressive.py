@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from cached_tx.memory.base import Comparison, MemoryModule, Replaced, Slots, Update
+from cached_tx.memory.base import Comparison, Replaced, Slots, Update
 from cached_tx.memory.compressive_options import LEARNED, check
 from cached_tx.memory.compressor import Compressor, Decoder
+from cached_tx.memory.past import PastMemory
 from cached_tx.ops.compress import Reach, most_used, size_of_gap, spread
 from cached_tx.ops.fifo import Fifo, empty, push
 from cached_tx.types import DType, Hidden, Losses, Mask, PerRow
@@ -41,7 +42,7 @@ class UsedState(NamedTuple):
     return UsedState(recent, compressed, usage)
 
 
-class CompressiveMemory(MemoryModule):
+class CompressiveMemory(PastMemory):
   """Keeps the last inputs as they are and older ones compressed (Algorithm 1).
 
   The tokens that leave the FIFO of recent tokens, a segment at a time, become
@@ -169,23 +170,6 @@ class CompressiveMemory(MemoryModule):
     return self.compressed if self.tables == "two" else 0
 
   @property
-  def window(self) -> int:
-    """Keys that a query sees, itself included; 0: all there are."""
-    if self.same_length == "off":
-      return 0
-    return self.size + self.compressed + (self.same_length == "tensorflow")
-
-  @property
-  def farthest(self) -> int:
-    """Largest distance of relative positions, for all that is farther too; 0: any."""
-    return self.clamp
-
-  @property
-  def zeros(self) -> bool:
-    """Whether the places before a document are zero tokens that are attended to."""
-    return self.start == "zeros"
-
-  @property
   def reach(self) -> Reach:
     """Which of the tokens that leave become which slot."""
     more = self.overlap + sum(self._dilations) if self.compressor in LEARNED else 0
@@ -208,8 +192,8 @@ class CompressiveMemory(MemoryModule):
   ) -> CompressiveState | UsedState:
     """A memory of nothing, or of zero tokens."""
     del heads
-    recent = self._counted(empty(batch, self.size, width, dtype))
-    compressed = self._counted(empty(batch, self.compressed, width, dtype))
+    recent = self.counted(empty(batch, self.size, width, dtype))
+    compressed = self.counted(empty(batch, self.compressed, width, dtype))
     if self.compressor == "most_used" and self.usage == "life":
       usage = jnp.zeros((batch, self.size), jnp.promote_types(dtype, jnp.float32))
       return UsedState(recent, compressed, usage)
@@ -248,12 +232,12 @@ class CompressiveMemory(MemoryModule):
       if received is None:
         raise ValueError("compressor 'most_used' needs the attention received by keys")
       worth, usage = self._worth(received, state, left, recent)
-      new = self._kept(self._counted(left), worth)
+      new = self._kept(self.counted(left), worth)
     else:
       compress = Compressor(
         self.compressor, self.reach, self._dilations, self.dtype, name="compressor"
       )
-      left = self._counted(left)
+      left = self.counted(left)
       new = compress(left, frozen=bool(self.auxiliary))
       if self.auxiliary:
         old = jax.lax.stop_gradient(left)
@@ -263,7 +247,7 @@ class CompressiveMemory(MemoryModule):
         else:
           replaced = Replaced(Slots(*old), Slots(*apart), self._comparison(x.shape[1]))
     compressed = self._appended(state.compressed, new, starts)
-    recent = self._counted(recent)
+    recent = self.counted(recent)
     after: CompressiveState | UsedState = CompressiveState(recent, compressed)
     if usage is not None:
       after = UsedState(recent, compressed, usage)
@@ -276,11 +260,6 @@ class CompressiveMemory(MemoryModule):
     return jax.lax.stop_gradient(state.recent) if cut else state.recent
 
   @nn.nowrap
-  def _counted(self, queue: Fifo) -> Fifo:
-    """Places that hold no token hold 0: a token, where zeros are attended to."""
-    return queue._replace(valid=jnp.ones_like(queue.valid)) if self.zeros else queue
-
-  @nn.nowrap
   def _appended(self, queue: Fifo, new: Fifo, starts: Mask) -> Fifo:
     """Pushes the new slots, and drops all where a document began."""
     count = new.tokens.shape[1]
@@ -289,7 +268,7 @@ class CompressiveMemory(MemoryModule):
     slots = jnp.concatenate([queue.tokens, newest], axis=1)
     valid = jnp.concatenate([kept, new.valid], axis=1)
     slots = jnp.where(valid[..., None], slots, 0)
-    return self._counted(Fifo(slots[:, count:], valid[:, count:]))
+    return self.counted(Fifo(slots[:, count:], valid[:, count:]))
 
   @nn.nowrap
   def _worth(

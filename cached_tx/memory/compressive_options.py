@@ -2,7 +2,6 @@
 
 from typing import Any
 
-from cached_tx.memory.xl import SAME_LENGTH, STARTS
 from cached_tx.ops.compress import NORMS, ORDERS
 
 LEARNED = ("conv", "dilated")
@@ -18,8 +17,6 @@ CHOICES = {
   "queries": ("segment", "later"),
   "gradient": ("carry", "slots"),
   "tables": ("one", "two"),
-  "start": STARTS,
-  "same_length": SAME_LENGTH,
 }
 READ_BY = {  # options that only some compressors or losses read
   "overlap": ("compressor", LEARNED),
@@ -45,6 +42,7 @@ def check(memory: Any, segment: int) -> None:
     if value not in known:
       raise ValueError(f"memory.{name} is {value!r}; one of {', '.join(known)}")
   _check_sizes(memory)
+  memory.check_past()
   _check_losses(memory)
   _check_unread(memory)
   _check_reach(memory, segment)
@@ -65,13 +63,6 @@ def _check_sizes(memory: Any) -> None:
     raise ValueError(
       f"memory.dilations is {memory.dilations}; one or more distances in tokens, each "
       "1 or more: for none, set memory.compressor to conv"
-    )
-  if memory.clamp < 0:
-    raise ValueError(f"memory.clamp is {memory.clamp}; a distance, or 0 (off)")
-  if memory.same_length == "pytorch" and not memory.size + memory.compressed:
-    raise ValueError(
-      "memory.same_length is 'pytorch' and there are no slots, so a query would see no "
-      "key, not even its own: set memory.same_length to tensorflow or off"
     )
   if memory.tables == "two" and not memory.compressed:
     raise ValueError(
@@ -124,11 +115,6 @@ def _check_reach(memory: Any, segment: int) -> None:
       "memory.padding is 'valid', but slots see no more than their own "
       f"{memory.rate} tokens, so that there is no edge: leave it 'causal', or set "
       "memory.overlap"
-    )
-  if memory.queries == "later" and memory.size >= segment:
-    raise ValueError(
-      f"memory.queries is 'later', but with memory.size {memory.size} all of the "
-      f"segment of {segment} comes after what is replaced: leave it 'segment'"
     )
   if not reach.count(segment):
     raise ValueError(

@@ -3,14 +3,11 @@
 from typing import NamedTuple
 
 import flax.linen as nn
-import jax.numpy as jnp
 
-from cached_tx.memory.base import MemoryModule, Slots, Update
+from cached_tx.memory.base import Slots, Update
+from cached_tx.memory.past import PastMemory
 from cached_tx.ops.fifo import Fifo, empty, push
 from cached_tx.types import DType, Hidden, Mask
-
-SAME_LENGTH = ("off", "pytorch", "tensorflow")
-STARTS = ("empty", "zeros")
 
 
 class XLState(NamedTuple):
@@ -19,7 +16,7 @@ class XLState(NamedTuple):
   recent: Fifo
 
 
-class XLMemory(MemoryModule):
+class XLMemory(PastMemory):
   """Keeps the layer's last inputs as further keys of its attention.
 
   Attributes:
@@ -49,48 +46,19 @@ class XLMemory(MemoryModule):
     """The kept tokens."""
     return (("memory", self.size),)
 
-  @property
-  def window(self) -> int:
-    """Keys that a query sees, itself included; 0: all there are."""
-    if self.same_length == "off":
-      return 0
-    return self.size + (self.same_length == "tensorflow")
-
-  @property
-  def farthest(self) -> int:
-    """Largest distance of relative positions, for all that is farther too; 0: any."""
-    return self.clamp
-
-  @property
-  def zeros(self) -> bool:
-    """Whether the M places before a document are zero tokens that are attended to."""
-    return self.start == "zeros"
-
   @nn.nowrap
   def check(self, segment: int, width: int, heads: int) -> None:
     """Raises ValueError for values that do not exist or do not fit."""
     del segment, width, heads
     if self.size < 0:
       raise ValueError(f"memory.size is {self.size}; it counts tokens: 0 or more")
-    if self.clamp < 0:
-      raise ValueError(f"memory.clamp is {self.clamp}; a distance, or 0 (off)")
-    if self.same_length not in SAME_LENGTH:
-      raise ValueError(
-        f"memory.same_length is {self.same_length!r}; one of {', '.join(SAME_LENGTH)}"
-      )
-    if self.start not in STARTS:
-      raise ValueError(f"memory.start is {self.start!r}; one of {', '.join(STARTS)}")
-    if self.same_length == "pytorch" and not self.size:
-      raise ValueError(
-        "memory.same_length is 'pytorch' and memory.size 0, so a query would see no "
-        "key, not even its own: set memory.same_length to tensorflow or off"
-      )
+    self.check_past()
 
   @nn.nowrap
   def initial_state(self, batch: int, width: int, heads: int, dtype: DType) -> XLState:
     """A memory of nothing, or of zero tokens."""
     del heads
-    return XLState(self._counted(empty(batch, self.size, width, dtype)))
+    return XLState(self.counted(empty(batch, self.size, width, dtype)))
 
   @nn.nowrap
   def slots(self, state: XLState) -> Slots:
@@ -100,9 +68,4 @@ class XLMemory(MemoryModule):
   @nn.compact
   def __call__(self, x: Hidden, starts: Mask, state: XLState) -> Update:
     """Returns the memory after the segment `x`."""
-    return Update(XLState(self._counted(push(state.recent, x, starts)[1])))
-
-  @nn.nowrap
-  def _counted(self, queue: Fifo) -> Fifo:
-    """Places that hold no token hold 0: a token, where zeros are attended to."""
-    return queue._replace(valid=jnp.ones_like(queue.valid)) if self.zeros else queue
+    return Update(XLState(self.counted(push(state.recent, x, starts)[1])))

@@ -18,6 +18,7 @@ from cached_tx.layers import (
   MemoryAttention,
   Stream,
   attention_for,
+  check_rate,
   layer_norm,
   vocabulary_for,
 )
@@ -63,7 +64,7 @@ class Stack(nn.Module):
   def __call__(
     self, x: Hidden, state: tuple[State, ...], draws: tuple[Any, ...], segment: Segment
   ) -> tuple[Hidden, tuple[State, ...], Losses]:
-    """Arguments and results as of `MemoryAttention`, for all layers at once."""
+    """Arguments and results as of `Block`, for all layers at once."""
     period = Period
     if self.remat != "none":
       policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
@@ -118,8 +119,9 @@ class DecoderLM(nn.Module):
     attention_dropout: rate on attention weights; None: that of `dropout`.
     tied_biases: one pair of biases u and v (relative positions) for all layers, as in
       Transformer-XL's PyTorch code, instead of one for each.
-    vocabulary: an adaptive one, for ids that fall from frequent to rare; its logits are
-      log-probabilities. None: one table, which embeddings and logits share.
+    vocabulary: an adaptive one, for ids that fall from frequent to rare; where it has
+      cutoffs, logits are log-probabilities. None: one table, which embeddings and
+      logits share.
   """
 
   vocab: int
@@ -169,11 +171,8 @@ class DecoderLM(nn.Module):
       )
     if self.vocabulary is not None:
       self.vocabulary.check(self.vocab, self.width)
-    if not 0 <= (self.attention_dropout or 0) < 1:
-      raise ValueError(
-        f"model.attention_dropout is {self.attention_dropout}; it must be at least 0 "
-        "and below 1, or None (as model.dropout)"
-      )
+    for name in ("dropout", "attention_dropout"):
+      check_rate(getattr(self, name) or 0.0, f"model.{name}")
     for memory in self.memories:
       self._check_reader(memory)
       if self.tbptt < memory.min_tbptt:

@@ -38,17 +38,13 @@ def softmax_attention(
     The mean of v under the weights, in the dtype of v; 0 where a query sees no key.
     Computed in float32 at least.
   """
-  weights = _exponents(q, k, mask, scores, zeros)
-  total = weights.sum(axis=-1)  # B H Q
+  weights, total = _exponents(q, k, mask, scores, zeros)
   if dropout is not None:
     weights = dropout(weights)
-  if zeros is not None:
-    weights = jnp.where(zeros[:, None], 0, weights)
   out = jnp.einsum(
     "bhqs,bshk->bqhk", weights.astype(v.dtype), v, preferred_element_type=weights.dtype
   )
-  total = jnp.swapaxes(jnp.where(total > 0, total, 1), 1, 2)[..., None]  # B Q H 1
-  return (out / total).astype(v.dtype)
+  return (out / jnp.swapaxes(total, 1, 2)).astype(v.dtype)
 
 
 def attention_weights(
@@ -59,11 +55,8 @@ def attention_weights(
   zeros: Bool[Array, "B #Q S"] | None = None,
 ) -> Scores:
   """The weights that `softmax_attention` gives to keys, 0 where they count as zeros."""
-  weights = _exponents(q, k, mask, scores, zeros)
-  total = weights.sum(axis=-1, keepdims=True)
-  if zeros is not None:
-    weights = jnp.where(zeros[:, None], 0, weights)
-  return weights / jnp.where(total > 0, total, 1)
+  weights, total = _exponents(q, k, mask, scores, zeros)
+  return weights / total
 
 
 def _exponents(
@@ -72,8 +65,11 @@ def _exponents(
   mask: Bool[Array, "B #Q S"],
   scores: Float[Array, "#B #H Q S"] | None,
   zeros: Bool[Array, "B #Q S"] | None,
-) -> Scores:
-  """The weights before the division by their sum, relative to the largest of each."""
+) -> tuple[Scores, Float[Array, "B H Q 1"]]:
+  """Weights before the division, relative to a query's largest, and what divides them.
+
+  Keys that count as zeros are in the sum and have no weight.
+  """
   wide = jnp.promote_types(q.dtype, jnp.float32)
   logits = jnp.einsum("bqhk,bshk->bhqs", q, k, preferred_element_type=wide)
   if zeros is not None:
@@ -82,4 +78,8 @@ def _exponents(
     logits = logits + jnp.broadcast_to(scores, logits.shape).astype(logits.dtype)
   logits = jnp.where(mask[:, None], logits, -jnp.inf)
   top = jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True))
-  return jnp.exp(logits - jnp.where(top == -jnp.inf, 0, top))
+  weights = jnp.exp(logits - jnp.where(top == -jnp.inf, 0, top))
+  total = weights.sum(axis=-1, keepdims=True)
+  if zeros is not None:
+    weights = jnp.where(zeros[:, None], 0, weights)
+  return weights, jnp.where(total > 0, total, 1)

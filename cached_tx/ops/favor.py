@@ -153,8 +153,7 @@ def favor_attention(
   B, L, H, K = q.shape
   dtype = v.dtype
   w = jax.lax.stop_gradient(w)
-  starts, valid = segment
-  valid = jnp.ones_like(starts) if valid is None else valid
+  starts, valid = segment.starts, segment.real
   C = min(chunk, L)
   pad = -L % C
 

@@ -46,6 +46,43 @@ def sinusoids(distances: Int[Array, "W"], width: int) -> Float[Array, "W D"]:
   return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
 
 
+def distance_table(keys: int, width: int, farthest: int = 0) -> Float[Array, "S D"]:
+  """Sinusoids of the distances S - 1 to 0 of S keys, none above `farthest` (0: any)."""
+  distances = jnp.arange(keys - 1, -1, -1, dtype=jnp.int32)
+  if farthest:
+    distances = jnp.minimum(distances, farthest)
+  return sinusoids(distances, width)
+
+
+def distance_scores(
+  q: Heads,
+  r: Float[Array, "W H K"],
+  place: Int[Array, "#B Q"] | None,
+  keys: int,
+) -> Float[Array, "B H Q S"]:
+  """Dai et al.'s terms (b) and (d): products of queries and projected distances.
+
+  Args:
+    q: scaled, with the bias v.
+    r: of the distances W - 1 to 0, as of `distance_table`.
+    place: where each query stands, counted from the first key; None: at the last Q of
+      W places, which needs no gather.
+    keys: S, how many of the first of the W keys are attended.
+
+  Returns:
+    Scores in float32 at least; what they are of later keys means nothing.
+  """
+  W = r.shape[0]
+  wide = jnp.promote_types(q.dtype, jnp.float32)
+  scores = jnp.einsum("bqhk,whk->bhqw", q, r, preferred_element_type=wide)
+  if place is None:
+    return by_key(scores, W)[..., :keys]
+  distance = place[:, :, None] - jnp.arange(keys, dtype=jnp.int32)[None, None]
+  column = jnp.clip(W - 1 - distance, 0, W - 1)[:, None]  # B 1 Q S
+  column = jnp.broadcast_to(column, (*scores.shape[:3], keys))
+  return jnp.take_along_axis(scores, column, axis=3)
+
+
 def by_key(scores: Float[Array, "B H Q W"], keys: int) -> Float[Array, "B H Q S"]:
   """Turns scores by distance into scores by key, for queries at the last Q places.
 
