@@ -63,7 +63,7 @@ class Dropout(nn.Module):
     Raises:
       ValueError: the rate is out of its range.
     """
-    check_rate(self.rate, "a dropout rate")
+    check_rate(self.rate, "model.dropout, or model.attention_dropout,")
     if deterministic or not self.rate:
       return x
     mask = kept(self.make_rng("dropout"), self.rate, x.shape)

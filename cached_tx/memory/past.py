@@ -51,7 +51,7 @@ class PastMemory(MemoryModule):
         )
     if self.same_length != "off" and not self.window:
       raise ValueError(
-        "memory.same_length is 'pytorch' and there are no slots (memory.size), so a "
+        "memory.same_length is 'pytorch' and memory.size 0, with no other slots, so a "
         "query would see no key, not even its own: set memory.same_length to "
         "tensorflow or off"
       )

@@ -175,6 +175,7 @@ REFUSED = {
     {"model": {"norm": "pre_raw"}, "memory": CONV},
     r"model\.norm is 'pre_raw'.*memory\.loss",
   ),
+  "dropout": ({"model": {"dropout": 1.5}}, r"model\.dropout is 1\.5.*below 1"),
   "attention dropout": (
     {"model": {"attention_dropout": 1.0}},
     r"model\.attention_dropout is 1\.0",
