@@ -3,7 +3,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cached_tx.ops.positions import by_key, rotary_angles, rotate, sinusoids
+from cached_tx.ops.positions import (
+  by_key,
+  flattened,
+  rotary_angles,
+  rotate,
+  sinusoids,
+  sliced,
+)
 from tests.kinds import precision
 from tests.official_xl import load
 
@@ -21,8 +28,18 @@ def test_by_key_is_a_gather_without_wrapped_entries(queries, memory):
     for j in range(memory + i + 1):  # later keys: 0, not another row's entries
       want[:, :, i, j] = scores[:, :, i, keys - 1 - (memory + i - j)]
   with precision("float64"):
-    got = jax.jit(by_key, static_argnums=1)(scores, keys)
+    got = jax.jit(by_key)(scores)
+    # What is read from a place gives its gradient to that place.
+    slopes = np.random.default_rng(1).normal(size=scores.shape)
+    (back,) = jax.vjp(jax.jit(by_key), scores)[1](jnp.asarray(slopes))
+    ways = [jax.jit(way)(slopes) for way in (sliced, flattened)]
   np.testing.assert_array_equal(got, want)
+  wanted = np.zeros_like(scores)
+  for i in range(queries):
+    for j in range(memory + i + 1):
+      wanted[:, :, i, keys - 1 - (memory + i - j)] = slopes[:, :, i, j]
+  for way in (back, *ways):
+    np.testing.assert_array_equal(way, wanted)
 
 
 def test_by_key_equals_the_official_shift_where_a_query_may_look():
@@ -31,7 +48,7 @@ def test_by_key_equals_the_official_shift_where_a_query_may_look():
   by_query = lambda name: arrays[f"step2/{name}"].transpose(2, 3, 0, 1)  # B H Q S
   before, official = by_query("BD_before_shift"), by_query("BD_after_shift_official")
   with precision("float64"):
-    got = np.asarray(by_key(jnp.asarray(before), before.shape[-1]))
+    got = np.asarray(by_key(jnp.asarray(before)))
   hidden = arrays["step2/mask_true_means_hidden"].astype(bool)
   hidden = hidden.reshape(hidden.shape[:2])[None, None] & np.ones_like(got, bool)
   np.testing.assert_array_equal(got[~hidden], official[~hidden])
