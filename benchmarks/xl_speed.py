@@ -33,6 +33,7 @@ class Case(NamedTuple):
   changes: dict[str, Any] = {}  # noqa: RUF012 - never written to
   official: float = 0.0  # tokens per second at OFFICIAL_PRODUCT
   beside: str = ""  # the case that this one is a multiple of
+  segments: int = 1  # of a step, of so many fewer rows: as many tokens
 
 
 OFFICIAL_PRODUCT = 190.0  # GFLOP/s
@@ -47,6 +48,7 @@ COMPRESSIVE = dict(
   compressor="conv",
   loss="attention",
 )
+GRC = dict(kind="grc", size=128, ratio=0.5)
 CASES = {
   "A": Case(SMALL, XL, official=2882.0),
   "A without dropout": Case(SMALL, XL, dict(dropout=0.0), beside="A"),
@@ -54,7 +56,8 @@ CASES = {
   "A rotary": Case(SMALL, XL, dict(positions="rotary"), beside="A"),
   "A compressive": Case(SMALL, COMPRESSIVE, beside="A"),
   "A none": Case(SMALL, dict(kind="none"), beside="A"),
-  "A grc": Case(SMALL, dict(kind="grc", size=128, ratio=0.5), beside="A none"),
+  "A none by two": Case(SMALL, dict(kind="none"), segments=2),
+  "A grc by two": Case(SMALL, GRC, beside="A none by two", segments=2),  # for its gates
   "B": Case(LARGE, dict(kind="xl", size=256), official=713.0),
 }
 
@@ -66,14 +69,13 @@ def config_of(case: Case) -> ConfigDict:
   with config.unlocked():
     config.memory = ConfigDict(case.memory)
     config.segment, config.batch = sizes.pop("segment"), sizes.pop("batch")
-    config.segments = config.tbptt = 1
+    config.segments = config.tbptt = case.segments
+    config.batch //= case.segments
     config.model.update(sizes)
     config.model.update(dict(positions="relative", activation="relu", dropout=0.1))
+    config.model.unroll = case.sizes["layers"]  # no copies of what is stacked
     config.model.update(case.changes)
     config.optimizer.update(dict(muon=0.0, peak=2.5e-4, warmup=0, decay=0.0, clip=0.25))
-    if case.memory["kind"] == "grc":  # two segments train its gates
-      config.segments = config.tbptt = 2
-      config.batch //= 2  # as many tokens in a step
   return config.lock()
 
 

@@ -29,6 +29,24 @@ class GRCState(NamedTuple):
     return GRCState(jnp.where(self.filled[..., None, None], self.cache, 0), self.filled)
 
 
+class Map(nn.Module):
+  """Kernel and bias of an affine map.
+
+  Attributes:
+    width: E, channels that it gives.
+  """
+
+  width: int
+
+  @nn.compact
+  def __call__(self, inputs: int) -> tuple[Float[Array, "_ E"], Float[Array, "E"]]:
+    """Makes them, for so many input channels."""
+    init = partitioned(nn.initializers.lecun_normal(), "embed", None)
+    kernel = self.param("kernel", init, (inputs, self.width), jnp.float32)
+    bias = self.param("bias", nn.initializers.zeros, (self.width,), jnp.float32)
+    return jnp.asarray(kernel), jnp.asarray(bias)
+
+
 class GRCMemory(MemoryModule):
   """M slots of D_m = r D channels, updated through gates (equations 4 and 5).
 
@@ -212,16 +230,20 @@ class GRCMemory(MemoryModule):
     width = old.shape[-1]
     new = new.astype(old.dtype)
 
-    def linear(name, both):
-      init = partitioned(nn.initializers.lecun_normal(), "embed", None)
-      out = nn.Dense(width, dtype=self.dtype, kernel_init=init, name=name)(both)
-      return out.astype(old.dtype)
+    def linear(both, *names):
+      """One product for maps of the same input."""
+      maps = [Map(width, name=name)(2 * width) for name in names]
+      kernel, bias = (
+        jnp.concatenate(parts, axis=-1).astype(self.dtype)
+        for parts in zip(*maps, strict=True)
+      )
+      out = both.astype(self.dtype) @ kernel + bias[None, None]
+      return jnp.split(out.astype(old.dtype), len(names), axis=-1)
 
     both = jnp.concatenate([new, old], axis=-1)  # B M 2D
-    update = nn.sigmoid(linear("update", both))  # eq. 4
-    reset = nn.sigmoid(linear("reset", both))  # eq. 4
+    update, reset = map(nn.sigmoid, linear(both, "update", "reset"))  # eq. 4
     both = jnp.concatenate([new, reset * old], axis=-1)
-    candidate = linear("candidate", both)
+    (candidate,) = linear(both, "candidate")
     if self.candidate == "gelu":
       norm = nn.LayerNorm(
         epsilon=1e-5, dtype=old.dtype, use_fast_variance=False, name="candidate_norm"

@@ -1,7 +1,8 @@
 """Shorter rows of tokens from longer ones."""
 
+import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Shaped
+from jaxtyping import Array, Float, Int, Shaped
 
 from cached_tx.types import Hidden, Index, Mask
 
@@ -16,8 +17,7 @@ def nearest(
   length 0 gets the token at `first`, which the caller masks.
   """
   i = jnp.arange(slots, dtype=first.dtype)[None]
-  places = first[:, None] + i * length[:, None] // slots
-  return jnp.take_along_axis(x, places[..., None], axis=1)
+  return _taken(x, first[:, None] + i * length[:, None] // slots)
 
 
 def nearest_valid(x: Hidden, valid: Mask, slots: int) -> Float[Array, "B M D"]:
@@ -28,8 +28,32 @@ def nearest_valid(x: Hidden, valid: Mask, slots: int) -> Float[Array, "B M D"]:
   order = jnp.argsort(~valid, axis=1, stable=True)  # the valid ones first, in order
   length = valid.sum(axis=1, dtype=jnp.int32)
   places = jnp.arange(slots, dtype=jnp.int32)[None] * length[:, None] // slots
-  places = jnp.take_along_axis(order, places, axis=1)
+  return _taken(x, jnp.take_along_axis(order, places, axis=1))
+
+
+@jax.custom_vjp
+def _taken(x: Hidden, places: Int[Array, "B M"]) -> Float[Array, "B M D"]:
+  """The tokens at these places of each row."""
   return jnp.take_along_axis(x, places[..., None], axis=1)
+
+
+def _given_back(
+  rest: tuple[Int[Array, "B M"], Int[Array, "L"]], slopes: Float[Array, "B M D"]
+) -> tuple[Hidden, None]:
+  """The gradient, as a product: a scatter is a loop on a CPU, and slow on a TPU."""
+  places, tokens = rest
+  one = (places[:, None] == tokens[None, :, None]).astype(slopes.dtype)  # B L M
+  product = jnp.einsum("blm,bmd->bld", one, slopes, precision=jax.lax.Precision.HIGHEST)
+  return product, None
+
+
+_taken.defvjp(
+  lambda x, places: (
+    _taken(x, places),
+    (places, jnp.arange(x.shape[1], dtype=places.dtype)),
+  ),
+  _given_back,
+)
 
 
 def blocks(x: Shaped[Array, "B L D"], rate: int) -> Shaped[Array, "B M rate D"]:

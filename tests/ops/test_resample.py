@@ -30,6 +30,18 @@ def test_each_row_is_read_within_its_own_document():
   np.testing.assert_array_equal(got, [[0, 2, 5, 7], [17, 17, 18, 19]])
 
 
+def test_a_token_gets_the_gradient_of_every_slot_that_holds_it():
+  x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 10, 3)), jnp.float32)
+  slopes = jnp.asarray(np.random.default_rng(1).normal(size=(2, 7, 3)), jnp.float32)
+  first, length = jnp.array([0, 7], jnp.int32), jnp.array([10, 3], jnp.int32)
+  (got,) = jax.vjp(lambda x: nearest(x, first, length, 7), x)[1](slopes)
+  want = np.zeros(x.shape)
+  for row in range(2):
+    for i in range(7):
+      want[row, first[row] + i * length[row] // 7] += slopes[row, i]
+  np.testing.assert_allclose(got, want, rtol=1e-6)
+
+
 def test_valid_tokens_alone_are_read():
   x = jnp.arange(20, dtype=jnp.float32).reshape(2, 10, 1)
   valid = jnp.zeros((2, 10), bool).at[0, jnp.array([1, 4, 5, 9])].set(True)
