@@ -11,10 +11,11 @@ import numpy as np
 
 from cached_tx.data import tokenize
 from cached_tx.evaluate import opened
+from cached_tx.memory import kind_of
 from cached_tx.models import DecoderLM
 from cached_tx.tables import aligned
 from cached_tx.train import sharding
-from cached_tx.train.attended import PARTS, Group, Tally, groups, kind_of, observe
+from cached_tx.train.attended import PARTS, Group, Tally, groups, observe
 from cached_tx.train.evaluation import Reading
 from cached_tx.train.experiment import Experiment
 from cached_tx.train.plots import attention_plot

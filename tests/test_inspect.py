@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import pytest
+from ml_collections import ConfigDict
 
 from cached_tx.inspect import (
   attended_slots,
@@ -19,7 +20,7 @@ from cached_tx.inspect import (
   training_flops,
 )
 from cached_tx.inspect.sizes import abstract_mesh, train_state
-from cached_tx.memory import CompressiveMemory
+from cached_tx.memory import KINDS, CompressiveMemory, kind_of
 from cached_tx.models import DecoderLM
 from cached_tx.train import sharding
 from cached_tx.train.experiment import Experiment
@@ -116,6 +117,15 @@ def test_attended_slots():
   assert attended_slots(decoder("grc+xl")) == [8]
   assert state_bytes(decoder("xl")) == 2 * 5 * (4 * D + 1)
   assert C == 4
+
+
+def test_layers_are_called_as_configs_call_them():
+  assert [kind_of(kind()) for kind in KINDS.values()] == list(KINDS)
+  config = tiny()
+  with config.unlocked():
+    config.memory = ConfigDict({"kind": "none"})
+  (layer,) = inspect(Experiment(config))["layers"]
+  assert layer["kind"] == "none" and layer["layers"] == [0]
 
 
 def test_a_mesh_that_is_not_there():

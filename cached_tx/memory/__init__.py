@@ -64,6 +64,11 @@ def build_memory(kind: str, **options: Any) -> MemoryModule:
   return KINDS[kind](**options)
 
 
+def kind_of(memory: MemoryModule) -> str:
+  """What a config calls it: its name in `KINDS`."""
+  return next(name for name, kind in KINDS.items() if type(memory) is kind)
+
+
 __all__ = [
   "KINDS",
   "Comparison",
@@ -86,6 +91,7 @@ __all__ = [
   "build_memory",
   "cleared",
   "fork",
+  "kind_of",
   "load_state",
   "partitioned",
   "pick_rows",

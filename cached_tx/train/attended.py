@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cached_tx.layers import ANALYSIS
-from cached_tx.memory import KINDS, MemoryModule
+from cached_tx.memory import MemoryModule, kind_of
 from cached_tx.models import DecoderLM
 from cached_tx.ops.buckets import buckets
 from cached_tx.types import Segment, State
@@ -95,11 +95,6 @@ def groups(model: DecoderLM) -> tuple[Group, ...]:
     )
     for (memory, regions), places in found.items()
   )
-
-
-def kind_of(memory: MemoryModule) -> str:
-  """What a config calls it."""
-  return next(name for name, kind in KINDS.items() if type(memory) is kind)
 
 
 def observe(
