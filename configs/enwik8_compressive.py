@@ -3,6 +3,7 @@ r"""Compressive Transformer on enwik8.
 cached-tx train --config configs/enwik8_compressive.py \
     --config.data.path=FILE --workdir DIR
 cached-tx train --config configs/enwik8_compressive.py:smoke --workdir DIR
+cached-tx evaluate --workdir DIR --set memory.compressed=3072
 
 Rae et al., 2019, arXiv:1911.05507: 24 layers, 0.97 bits per character on the test
 split with 3,072 compressed slots (1,152 in training), convolution and attention

@@ -3,6 +3,8 @@ r"""Compressive Transformer on WikiText-103.
 cached-tx train --config configs/wikitext103_compressive.py \
     --config.data.path=FOLDER --workdir DIR
 cached-tx train --config configs/wikitext103_compressive.py:smoke --workdir DIR
+cached-tx evaluate --workdir DIR --ordered --set memory.size=500 \
+    --set memory.compressed=1500
 
 Rae et al., 2019, arXiv:1911.05507: 18 layers, test perplexity 17.1 with memory 500
 and 1,500 compressed slots (512 and 512 in training), c = 4 in section 5.3 (3 in
