@@ -144,9 +144,10 @@ def main() -> None:
   names = args.cases.split(",")
   if set(names) - set(CASES):
     parser.error(f"--cases is {args.cases}; of {', '.join(CASES)}")
+  # First, since it refuses a program without a name.
+  about = {} if args.dry else describe()
   found = measure(names, args.rounds, args.steps)
   if not args.dry:
-    about = describe()
     for record in found:
       append(RESULTS / "xl_speed.jsonl", record | about)
   print(table(found))
