@@ -117,7 +117,7 @@ def trained(config: ConfigDict, task: str) -> tuple[DecoderLM, Any]:
     )
     feed = Feed(mesh, config.batch, config.segment * config.segments)
     for step in range(config.steps):
-      shown, _ = episodes(
+      shown = episodes(
         task,
         range(config.batch),
         segment=config.segment,
@@ -171,7 +171,7 @@ def accuracy(
 
   shares, count = [], 0
   for distance in range(longest + 1) if distances is None else distances:
-    batch, _ = episodes(
+    batch = episodes(
       task,
       range(rows),
       segment=model.segment,
