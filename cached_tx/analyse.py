@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import flax.linen as nn
 import jax
 import numpy as np
 
@@ -95,7 +94,7 @@ def measured(
   own = groups(model)
   tokens = tokenize(experiment.documents(split), experiment.tokenizer)
   tallies: list[dict[str, Tally]] = [{} for _ in own]
-  with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
+  with sharding.on(mesh):
     reading = Reading(model, tokens, rows=rows, mesh=mesh, segments=segments)
     step = jax.jit(
       lambda params, state, batch: observe(

@@ -5,7 +5,6 @@ import os
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 from jax.sharding import Mesh
 
@@ -137,7 +136,7 @@ def measured(
   documents = experiment.documents(split)
   size = counts(documents)
   tokens = tokenize(documents, experiment.tokenizer)
-  with jax.set_mesh(experiment.mesh), nn.logical_axis_rules(sharding.RULES):
+  with sharding.on(experiment.mesh):
     cut: Any = dict(rows=rows, segments=segments, ordered=ordered)
     reading = Reading(model, tokens, mesh=experiment.mesh, **cut)
     evaluator = Evaluator(model, reading)

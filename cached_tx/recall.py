@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
@@ -106,7 +105,7 @@ def trained(config: ConfigDict, task: str) -> tuple[DecoderLM, Any]:
   longest = config.segments - 1
   model, mesh = build_model(config, VOCAB), sharding.one_device()
   seed = 2 * config.seed + _TRAIN
-  with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
+  with sharding.on(mesh):
     optimizer, groups = configured_optimizer(config, model)
     state, shardings = init_state(
       model, optimizer, seed=config.seed, batch=config.batch, ema=0.0, mesh=mesh

@@ -2,7 +2,6 @@
 
 import json
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import pytest
@@ -176,7 +175,7 @@ def test_the_train_state_is_that_of_training():
   experiment = Experiment(tiny())
   assert experiment.config.optimizer.muon > 0
   state, _ = train_state(experiment, experiment.mesh)
-  with jax.set_mesh(experiment.mesh), nn.logical_axis_rules(sharding.RULES):
+  with sharding.on(experiment.mesh):
     made = jax.eval_shape(lambda: prepare(experiment)[0])
   same = jax.tree.map(
     lambda a, b: (a.shape, a.dtype) == (b.shape, b.dtype), state, made

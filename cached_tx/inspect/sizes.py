@@ -3,7 +3,6 @@
 import math
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
@@ -184,7 +183,7 @@ def compiled_memory(experiment: Experiment) -> dict[str, int]:
   dtypes = (jnp.int32, jnp.int32, jnp.float32, jnp.bool_)
   parts: list[Any] = [struct(shape, dtype, sharding=rows) for dtype in dtypes]
   batch = Batch(*parts)
-  with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
+  with sharding.on(mesh):
     found = step.lower(state, batch).compile().memory_analysis()
   return {
     "arguments": found.argument_size_in_bytes,
