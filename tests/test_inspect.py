@@ -171,6 +171,14 @@ def test_what_xla_says_of_the_compiled_step():
     compiled_memory(Experiment(config))
 
 
+def test_rows_that_training_would_refuse():
+  config = tiny()
+  with config.unlocked():
+    config.batch = 12
+  with pytest.raises(ValueError, match=r"batch is 12 rows, .* = 8 does not divide"):
+    inspect(Experiment(config))
+
+
 def test_the_train_state_is_that_of_training():
   experiment = Experiment(tiny())
   assert experiment.config.optimizer.muon > 0

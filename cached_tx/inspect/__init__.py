@@ -52,7 +52,7 @@ def inspect(experiment: Experiment, compiled: bool = False) -> dict[str, Any]:
   sizes = dict(mesh.shape)
   state, places = train_state(experiment, mesh)
   table = parameter_table(model, mesh)
-  rows = -(-config.batch // (sizes["data"] * sizes["fsdp"]))
+  rows = config.batch // (sizes["data"] * sizes["fsdp"])
   params = device_bytes(state.params, places.params)
   device = {
     "parameters": params,
