@@ -12,7 +12,7 @@ from cached_tx.data import counts, tokenize
 from cached_tx.inspect import attended_slots
 from cached_tx.tables import aligned
 from cached_tx.train import sharding
-from cached_tx.train.evaluation import MEMORY, Evaluation, Evaluator, Reading
+from cached_tx.train.evaluation import Evaluation, Evaluator, Reading, check_memory
 from cached_tx.train.experiment import Experiment
 
 
@@ -49,7 +49,6 @@ def evaluate(
     FileNotFoundError: nothing was trained in `workdir`.
     ValueError: an argument out of its range, or a change that does not fit.
   """
-  _check_memory(memory)
   own = opened(workdir, changes=changes, rows=rows, step=step)
   reads: Any = dict(split=split, rows=own.rows, segments=segments, ordered=ordered)
   found = measured(own.experiment, own.params, memory=memory, **reads)
@@ -131,7 +130,7 @@ def measured(
   Raises:
     ValueError: an unknown split or memory.
   """
-  _check_memory(memory)
+  check_memory(memory, rows)  # before the split is tokenised, which may take minutes
   model = experiment.model
   documents = experiment.documents(split)
   size = counts(documents)
@@ -139,8 +138,7 @@ def measured(
   with sharding.on(experiment.mesh):
     cut: Any = dict(rows=rows, segments=segments, ordered=ordered)
     reading = Reading(model, tokens, mesh=experiment.mesh, **cut)
-    evaluator = Evaluator(model, reading)
-    results = {name: evaluator(params, name) for name in memory}
+    results = Evaluator(model, reading)(params, memory)
   every = len(tokens.flat) - len(tokens.begins)
   whole = reading.count == len(reading.batches)
   return {
@@ -151,7 +149,7 @@ def measured(
     "bytes": size.bytes,
     "words": size.words,
     "words_rule": size.rule,
-    "targets": next(iter(results.values())).targets if results else 0,
+    "targets": next(iter(results.values())).targets,
     "rows": rows,
     "ordered": ordered,
     "segment": model.segment,
@@ -164,12 +162,6 @@ def measured(
       for name, result in results.items()
     },
   }
-
-
-def _check_memory(names: Sequence[str]) -> None:
-  for name in names:
-    if name not in MEMORY:
-      raise ValueError(f"memory={name!r} is unknown: one of {', '.join(MEMORY)}")
 
 
 def _score(

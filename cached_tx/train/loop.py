@@ -178,7 +178,7 @@ def _run(
         scores = {}
         if due(step, config.eval.every):
           params = state.ema if config.optimizer.ema else state.params
-          scores = {"loss": evaluator(params).loss}
+          scores = {"loss": evaluator(params)["kept"].loss}
           log.write(step - 1, scores)
           log.write(step - 1, gauges(params), kind="gauge", show=False)
         leaving = preemption.reached(step)
