@@ -225,6 +225,9 @@ def recall(
 ) -> dict[str, Any]:
   """Trains and asks every kind at every task; writes recall.json and recall.png.
 
+  The file is written anew after every model, so that a run which ends early leaves
+  what it has found; the plot comes last.
+
   Args:
     workdir: made if it is not there.
     tasks: keys of TASKS.
@@ -262,10 +265,15 @@ def recall(
     for kind in kinds:
       run = one(kind, task, steps=steps, seed=seed, longest=longest)
       found["runs"].append(run)
+      _write(folder, found)
       tell(f"{task}, {kind}: {_ends(run, longest)}, {run['seconds']:.0f} s")
   found["plot"] = os.fspath(recall_plot(found, folder / "recall.png"))
-  write_atomically(folder / "recall.json", json.dumps(found, indent=2) + "\n")
+  _write(folder, found)
   return found
+
+
+def _write(folder: Path, found: dict[str, Any]) -> None:
+  write_atomically(folder / "recall.json", json.dumps(found, indent=2) + "\n")
 
 
 def _ends(run: dict[str, Any], longest: int) -> str:
