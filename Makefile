@@ -8,6 +8,7 @@ else
 PYTHONS := $(PYTHON)
 endif
 ARGS ?=
+BENCH ?= memories
 
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -44,8 +45,8 @@ format: $(READY) ## put the code into its form
 	$(PY) -m ruff check --fix-only .
 	$(PY) -m ruff format .
 
-bench: $(READY) ## run the benchmarks
-	$(PY) -m benchmarks.memories $(ARGS)
+bench: $(READY) ## run a benchmark: BENCH=memories (if not said), xl_speed or recall
+	$(PY) -m benchmarks.$(BENCH) $(ARGS)
 
 # Both locks hold for every supported Python and for Linux and macOS, by markers.
 COMPILE = $(PY) -m uv --no-config pip compile --quiet --universal --python-version 3.11 \

@@ -93,14 +93,15 @@ def one(kind: str, seed: int) -> dict[str, Any]:
 
 def speed(repeats: int, steps: int) -> None:
   """Times training steps of all kinds in turn, so that all see the same machine."""
+  about = describe()  # refuses a program without a name, before minutes are spent
   runners = {kind: Runner(config_of(kind, 0)) for kind in compare().MEMORIES}
   for runner in runners.values():
     runner.seconds(1)  # compiles
   for _ in range(repeats):
     for kind, runner in runners.items():
       rate = steps * runner.tokens / runner.seconds(steps)
-      record = {"kind": kind, "tokens_per_second": rate, "matmul": matmul_rate()}
-      append(RESULTS / "speed.jsonl", record | describe())
+      beside = {"tokens_per_second": rate, "product_gflops": matmul_rate()}
+      append(RESULTS / "speed.jsonl", {"kind": kind, **beside, **about})
 
 
 def table() -> str:

@@ -1,11 +1,8 @@
 """How long training steps take."""
 
-import contextlib
 import statistics
 import time
-from collections.abc import Iterator
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
@@ -45,19 +42,13 @@ class Runner:
     tokens = tokenize(experiment.documents("validation"), experiment.tokenizer)
     self._stream = TrainStream(tokens, rows=config.batch, length=length, seed=0)
     self.tokens = config.batch * length
-    with self._set():
+    with sharding.on(experiment.mesh):
       self._state, _, self._step = prepare(experiment)
     self._number = 0
 
-  @contextlib.contextmanager
-  def _set(self) -> Iterator[None]:
-    mesh = self.experiment.mesh
-    with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
-      yield
-
   def seconds(self, steps: int) -> float:
     """Of so many steps; the first call compiles."""
-    with self._set():
+    with sharding.on(self.experiment.mesh):
       begin = time.perf_counter()
       for _ in range(steps):
         batch = self._feed(self._stream.batch(self._number))

@@ -6,13 +6,13 @@ python -m benchmarks.xl_speed --cases A,B      some of them
 A step is forward, backward, clipping and Adam in float32, dropout 0.1. A case's time is
 compared with a product of 2048 x 2048 matrices in the same round, since machines that
 are shared change their speed. The authors' PyTorch code is not run here: it was
-measured once, at 2,882 (A) and 713 (B) tokens per second, on a quiet machine of two
-cores whose product ran at 190 GFLOP/s. The column "scaled" supposes that it would slow
-down as the product does; 1 is its speed. Records are lines of
+measured once, see benchmarks/results/xl_official.json. The column "scaled" supposes
+that it would slow down as the product does; 1 is its speed. Records are lines of
 benchmarks/results/xl_speed.jsonl.
 """
 
 import argparse
+import json
 import statistics
 from typing import Any, NamedTuple
 
@@ -26,17 +26,16 @@ from cached_tx.inspect.flops import training_flops
 
 
 class Case(NamedTuple):
-  """A model, and the speed of the authors' PyTorch code where it was measured."""
+  """A model, and what its speed is compared with."""
 
   sizes: dict[str, int]
   memory: dict[str, Any]
   changes: dict[str, Any] = {}  # noqa: RUF012 - never written to
-  official: float = 0.0  # tokens per second at OFFICIAL_PRODUCT
   beside: str = ""  # the case that this one is a multiple of
   segments: int = 1  # of a step, of so many fewer rows: as many tokens
 
 
-OFFICIAL_PRODUCT = 190.0  # GFLOP/s
+OFFICIAL = json.loads((RESULTS / "xl_official.json").read_text())
 SMALL = dict(layers=4, width=256, heads=4, mlp=1024, segment=128, batch=16)
 LARGE = dict(layers=6, width=512, heads=8, mlp=2048, segment=256, batch=4)
 XL = dict(kind="xl", size=128)
@@ -50,7 +49,7 @@ COMPRESSIVE = dict(
 )
 GRC = dict(kind="grc", size=128, ratio=0.5)
 CASES = {
-  "A": Case(SMALL, XL, official=2882.0),
+  "A": Case(SMALL, XL),
   "A without dropout": Case(SMALL, XL, dict(dropout=0.0), beside="A"),
   "A without positions": Case(SMALL, XL, dict(positions="none"), beside="A"),
   "A rotary": Case(SMALL, XL, dict(positions="rotary"), beside="A"),
@@ -58,7 +57,7 @@ CASES = {
   "A none": Case(SMALL, dict(kind="none"), beside="A"),
   "A none by two": Case(SMALL, dict(kind="none"), segments=2),
   "A grc by two": Case(SMALL, GRC, beside="A none by two", segments=2),  # for its gates
-  "B": Case(LARGE, dict(kind="xl", size=256), official=713.0),
+  "B": Case(LARGE, dict(kind="xl", size=256)),
 }
 
 
@@ -119,8 +118,9 @@ def table(found: list[dict[str, Any]]) -> str:
   for name in dict.fromkeys(r["case"] for r in found):
     case = CASES[name]
     versus = beside = "-"
-    if case.official:
-      scale = case.official / OFFICIAL_PRODUCT
+    official = OFFICIAL["tokens_per_second"].get(name)
+    if official:
+      scale = official / OFFICIAL["product_gflops"]
       ratio = median(name, lambda r, s=scale: _speed(r) / (s * r["product_gflops"]))
       versus = f"{ratio:.2f}"
     others = {r["round"]: _speed(r) for r in found if r["case"] == case.beside}
@@ -146,9 +146,10 @@ def main() -> None:
   names = args.cases.split(",")
   if set(names) - set(CASES):
     parser.error(f"--cases is {args.cases}; of {', '.join(CASES)}")
+  # First, since it refuses a program without a name.
+  about = {} if args.dry else describe()
   found = measure(names, args.rounds, args.steps)
   if not args.dry:
-    about = describe()
     for record in found:
       append(RESULTS / "xl_speed.jsonl", record | about)
   print(table(found))

@@ -5,16 +5,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import flax.linen as nn
 import jax
 import numpy as np
 
 from cached_tx.data import tokenize
 from cached_tx.evaluate import opened
+from cached_tx.memory import kind_of
 from cached_tx.models import DecoderLM
 from cached_tx.tables import aligned
 from cached_tx.train import sharding
-from cached_tx.train.attended import PARTS, Group, Tally, groups, kind_of, observe
+from cached_tx.train.attended import PARTS, Group, Tally, groups, observe
 from cached_tx.train.evaluation import Reading
 from cached_tx.train.experiment import Experiment
 from cached_tx.train.plots import attention_plot
@@ -94,7 +94,7 @@ def measured(
   own = groups(model)
   tokens = tokenize(experiment.documents(split), experiment.tokenizer)
   tallies: list[dict[str, Tally]] = [{} for _ in own]
-  with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
+  with sharding.on(mesh):
     reading = Reading(model, tokens, rows=rows, mesh=mesh, segments=segments)
     step = jax.jit(
       lambda params, state, batch: observe(

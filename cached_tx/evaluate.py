@@ -5,7 +5,6 @@ import os
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 from jax.sharding import Mesh
 
@@ -13,7 +12,7 @@ from cached_tx.data import counts, tokenize
 from cached_tx.inspect import attended_slots
 from cached_tx.tables import aligned
 from cached_tx.train import sharding
-from cached_tx.train.evaluation import MEMORY, Evaluation, Evaluator, Reading
+from cached_tx.train.evaluation import Evaluation, Evaluator, Reading, check_memory
 from cached_tx.train.experiment import Experiment
 
 
@@ -50,7 +49,6 @@ def evaluate(
     FileNotFoundError: nothing was trained in `workdir`.
     ValueError: an argument out of its range, or a change that does not fit.
   """
-  _check_memory(memory)
   own = opened(workdir, changes=changes, rows=rows, step=step)
   reads: Any = dict(split=split, rows=own.rows, segments=segments, ordered=ordered)
   found = measured(own.experiment, own.params, memory=memory, **reads)
@@ -132,16 +130,15 @@ def measured(
   Raises:
     ValueError: an unknown split or memory.
   """
-  _check_memory(memory)
+  check_memory(memory, rows)  # before the split is tokenised, which may take minutes
   model = experiment.model
   documents = experiment.documents(split)
   size = counts(documents)
   tokens = tokenize(documents, experiment.tokenizer)
-  with jax.set_mesh(experiment.mesh), nn.logical_axis_rules(sharding.RULES):
+  with sharding.on(experiment.mesh):
     cut: Any = dict(rows=rows, segments=segments, ordered=ordered)
     reading = Reading(model, tokens, mesh=experiment.mesh, **cut)
-    evaluator = Evaluator(model, reading)
-    results = {name: evaluator(params, name) for name in memory}
+    results = Evaluator(model, reading)(params, memory)
   every = len(tokens.flat) - len(tokens.begins)
   whole = reading.count == len(reading.batches)
   return {
@@ -152,7 +149,7 @@ def measured(
     "bytes": size.bytes,
     "words": size.words,
     "words_rule": size.rule,
-    "targets": next(iter(results.values())).targets if results else 0,
+    "targets": next(iter(results.values())).targets,
     "rows": rows,
     "ordered": ordered,
     "segment": model.segment,
@@ -165,12 +162,6 @@ def measured(
       for name, result in results.items()
     },
   }
-
-
-def _check_memory(names: Sequence[str]) -> None:
-  for name in names:
-    if name not in MEMORY:
-      raise ValueError(f"memory={name!r} is unknown: one of {', '.join(MEMORY)}")
 
 
 def _score(

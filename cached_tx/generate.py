@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from cached_tx.data.tokenizers import WINDOW, decoded
-from cached_tx.layers import Stream
+from cached_tx.layers import is_stream
 from cached_tx.load import Loaded
 from cached_tx.memory import fork
 from cached_tx.models import DecoderLM
@@ -186,12 +186,6 @@ def _checked(
       f"{model.vocab - 1}"
     )
   return prompt.astype(np.int32)
-
-
-def is_stream(state: State) -> bool:
-  """Whether a layer's memory stands within a segment, as far as types tell."""
-  stream = lambda s: isinstance(s, Stream)
-  return any(map(stream, jax.tree.leaves(state, is_leaf=stream)))
 
 
 def model_stream(model: DecoderLM, state: State, batch: int) -> State:

@@ -137,7 +137,9 @@ def _define_generate(values: flags.FlagValues, argv: list[str]) -> None:
   _workdir(values)
   flags.DEFINE_string("prompt", None, "the document so far", **own)
   flags.DEFINE_string("prompt_file", None, "or a file that holds it", **own)
-  flags.DEFINE_integer("tokens", 300, "how many to sample; 0 only reads", 0, **own)
+  flags.DEFINE_integer(
+    "tokens", 300, "how many to sample; 0 only reads, for --save_state", 0, **own
+  )
   text = "divides the logits; 0 takes the most likely token"
   flags.DEFINE_float("temperature", 0.8, text, 0, **own)
   text = "sample from so many of the most likely tokens; 0: from all"
@@ -157,6 +159,11 @@ def _generate(values: Any) -> None:
   _required(values, "workdir")
   if values.prompt is not None and values.prompt_file is not None:
     raise ValueError("--prompt and --prompt_file cannot both be given")
+  if not values.tokens and values.save_state is None:
+    raise ValueError(
+      "--tokens is 0, which only reads, and nothing would keep what was read: give "
+      "--save_state, or --tokens of 1 or more"
+    )
   prompt = (values.prompt or "").encode(errors="surrogateescape")
   if values.prompt_file is not None:
     prompt = Path(values.prompt_file).read_bytes()

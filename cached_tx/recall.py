@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
@@ -106,7 +105,7 @@ def trained(config: ConfigDict, task: str) -> tuple[DecoderLM, Any]:
   longest = config.segments - 1
   model, mesh = build_model(config, VOCAB), sharding.one_device()
   seed = 2 * config.seed + _TRAIN
-  with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
+  with sharding.on(mesh):
     optimizer, groups = configured_optimizer(config, model)
     state, shardings = init_state(
       model, optimizer, seed=config.seed, batch=config.batch, ema=0.0, mesh=mesh
@@ -117,7 +116,7 @@ def trained(config: ConfigDict, task: str) -> tuple[DecoderLM, Any]:
     )
     feed = Feed(mesh, config.batch, config.segment * config.segments)
     for step in range(config.steps):
-      shown, _ = episodes(
+      shown = episodes(
         task,
         range(config.batch),
         segment=config.segment,
@@ -171,7 +170,7 @@ def accuracy(
 
   shares, count = [], 0
   for distance in range(longest + 1) if distances is None else distances:
-    batch, _ = episodes(
+    batch = episodes(
       task,
       range(rows),
       segment=model.segment,
@@ -226,6 +225,9 @@ def recall(
 ) -> dict[str, Any]:
   """Trains and asks every kind at every task; writes recall.json and recall.png.
 
+  The file is written anew after every model, so that a run which ends early leaves
+  what it has found; the plot comes last.
+
   Args:
     workdir: made if it is not there.
     tasks: keys of TASKS.
@@ -263,10 +265,15 @@ def recall(
     for kind in kinds:
       run = one(kind, task, steps=steps, seed=seed, longest=longest)
       found["runs"].append(run)
+      _write(folder, found)
       tell(f"{task}, {kind}: {_ends(run, longest)}, {run['seconds']:.0f} s")
   found["plot"] = os.fspath(recall_plot(found, folder / "recall.png"))
-  write_atomically(folder / "recall.json", json.dumps(found, indent=2) + "\n")
+  _write(folder, found)
   return found
+
+
+def _write(folder: Path, found: dict[str, Any]) -> None:
+  write_atomically(folder / "recall.json", json.dumps(found, indent=2) + "\n")
 
 
 def _ends(run: dict[str, Any], longest: int) -> str:

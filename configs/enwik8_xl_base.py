@@ -3,8 +3,8 @@ r"""Transformer-XL base on enwik8.
 cached-tx train --config configs/enwik8_xl_base.py \
     --config.data.path=FILE --workdir DIR
 cached-tx train --config configs/enwik8_xl_base.py:smoke --workdir DIR
-cached-tx evaluate --workdir DIR --set segment=80 --set memory.size=2100 \
-    --set memory.clamp=820 --set memory.same_length=tensorflow
+cached-tx evaluate --workdir DIR --rows 10 --set segment=80 \
+    --set memory.size=2100 --set memory.clamp=820 --set memory.same_length=tensorflow
 
 Dai et al., 2019, arXiv:1901.02860: 12 layers, 41M parameters, 1.06 bits per character
 on the test split, evaluated with segment 80, memory 2,100, clamp 820 and same_length;

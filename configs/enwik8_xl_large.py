@@ -3,8 +3,8 @@ r"""Transformer-XL large on enwik8.
 cached-tx train --config configs/enwik8_xl_large.py \
     --config.data.path=FILE --workdir DIR
 cached-tx train --config configs/enwik8_xl_large.py:smoke --workdir DIR
-cached-tx evaluate --workdir DIR --set segment=128 --set memory.size=3800 \
-    --set memory.clamp=1000 --set memory.same_length=tensorflow
+cached-tx evaluate --workdir DIR --rows 10 --set segment=128 \
+    --set memory.size=3800 --set memory.clamp=1000 --set memory.same_length=tensorflow
 
 Dai et al., 2019, arXiv:1901.02860: 24 layers, 277M parameters, 0.99 bits per
 character on the test split, evaluated with segment 128, memory 3,800, clamp 1,000

@@ -3,8 +3,8 @@ r"""Transformer-XL base on WikiText-103.
 cached-tx train --config configs/wikitext103_xl_base.py \
     --config.data.path=FOLDER --workdir DIR
 cached-tx train --config configs/wikitext103_xl_base.py:smoke --workdir DIR
-cached-tx evaluate --workdir DIR --set segment=64 --set memory.size=640 \
-    --set memory.clamp=400 --set memory.same_length=tensorflow
+cached-tx evaluate --workdir DIR --ordered --rows 10 --set segment=64 \
+    --set memory.size=640 --set memory.clamp=400 --set memory.same_length=tensorflow
 
 Dai et al., 2019, arXiv:1901.02860: 16 layers, 151M parameters, test perplexity 24.0,
 evaluated with segment 64, memory 640, clamp 400 and same_length; Adam, 200,000 steps of

@@ -3,8 +3,8 @@ r"""Transformer-XL large on WikiText-103.
 cached-tx train --config configs/wikitext103_xl_large.py \
     --config.data.path=FOLDER --workdir DIR
 cached-tx train --config configs/wikitext103_xl_large.py:smoke --workdir DIR
-cached-tx evaluate --workdir DIR --set segment=128 --set memory.size=1600 \
-    --set memory.clamp=1000 --set memory.same_length=tensorflow
+cached-tx evaluate --workdir DIR --ordered --rows 10 --set segment=128 \
+    --set memory.size=1600 --set memory.clamp=1000 --set memory.same_length=tensorflow
 
 Dai et al., 2019, arXiv:1901.02860: 18 layers, 257M parameters, test perplexity 18.3,
 evaluated with segment 128, memory 1,600, clamp 1,000 and same_length; Adam, 4,000,000

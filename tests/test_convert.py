@@ -121,6 +121,13 @@ def test_what_does_not_fit_is_listed():
   ]
 
 
+def test_a_single_number_does_not_fit():
+  model, weights = official(ADAPTIVE)
+  name = "crit.out_layers.0.bias"
+  with pytest.raises(ValueError, match=rf"\n  {name} is float32 \(\), but the model"):
+    from_official_xl(weights | {name: np.array(1, np.float32)}, model)
+
+
 def test_the_buffer_of_frequencies_is_known():
   model, weights = official(ADAPTIVE)
   weights["pos_emb.inv_freq"] = np.float32(1 / 10_000 ** (np.arange(0, 16, 2) / 16))

@@ -89,6 +89,12 @@ def test_the_mesh_fits_the_rows(rows, devices):
   assert usable_mesh(Experiment.of(workdir()), rows).size == devices
 
 
+def test_an_unknown_memory_is_told_before_the_text_is_read(monkeypatch):
+  monkeypatch.setattr("cached_tx.evaluate.tokenize", lambda *_: pytest.fail("read"))
+  with pytest.raises(ValueError, match="memory='lost' is unknown"):
+    evaluate(workdir(), memory=["kept", "lost"])
+
+
 @pytest.mark.parametrize(
   "options,named",
   [

@@ -11,7 +11,8 @@ from ml_collections import ConfigDict
 
 from cached_tx import generate as module
 from cached_tx.data import make_tokenizer
-from cached_tx.generate import decoded, generate, is_stream, write
+from cached_tx.generate import decoded, generate, write
+from cached_tx.layers import is_stream
 from cached_tx.load import Loaded
 from cached_tx.train.metrics import CompileCounter
 from tests.kinds import EACH, V, parallel, toy

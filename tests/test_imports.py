@@ -14,7 +14,7 @@ PACKAGE = ROOT / "cached_tx"
 
 # A unit may import itself and any unit to its left.
 ORDER = (
-  ("files", "types"),
+  ("files", "options", "types"),
   ("ops",),
   ("memory",),
   ("layers",),

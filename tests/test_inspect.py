@@ -2,10 +2,10 @@
 
 import json
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import pytest
+from ml_collections import ConfigDict
 
 from cached_tx.inspect import (
   attended_slots,
@@ -19,7 +19,7 @@ from cached_tx.inspect import (
   training_flops,
 )
 from cached_tx.inspect.sizes import abstract_mesh, train_state
-from cached_tx.memory import CompressiveMemory
+from cached_tx.memory import KINDS, CompressiveMemory, kind_of
 from cached_tx.models import DecoderLM
 from cached_tx.train import sharding
 from cached_tx.train.experiment import Experiment
@@ -118,6 +118,15 @@ def test_attended_slots():
   assert C == 4
 
 
+def test_layers_are_called_as_configs_call_them():
+  assert [kind_of(kind()) for kind in KINDS.values()] == list(KINDS)
+  config = tiny()
+  with config.unlocked():
+    config.memory = ConfigDict({"kind": "none"})
+  (layer,) = inspect(Experiment(config))["layers"]
+  assert layer["kind"] == "none" and layer["layers"] == [0]
+
+
 def test_a_mesh_that_is_not_there():
   mesh = abstract_mesh(data=16, fsdp=4, tensor=2)
   assert mesh.size == 128
@@ -162,11 +171,19 @@ def test_what_xla_says_of_the_compiled_step():
     compiled_memory(Experiment(config))
 
 
+def test_rows_that_training_would_refuse():
+  config = tiny()
+  with config.unlocked():
+    config.batch = 12
+  with pytest.raises(ValueError, match=r"batch is 12 rows, .* = 8 does not divide"):
+    inspect(Experiment(config))
+
+
 def test_the_train_state_is_that_of_training():
   experiment = Experiment(tiny())
   assert experiment.config.optimizer.muon > 0
   state, _ = train_state(experiment, experiment.mesh)
-  with jax.set_mesh(experiment.mesh), nn.logical_axis_rules(sharding.RULES):
+  with sharding.on(experiment.mesh):
     made = jax.eval_shape(lambda: prepare(experiment)[0])
   same = jax.tree.map(
     lambda a, b: (a.shape, a.dtype) == (b.shape, b.dtype), state, made

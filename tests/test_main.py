@@ -75,6 +75,7 @@ def test_help_of_a_command(command, name):
     ("generate --workdir=x --prompt=a --prompt_file=b", "cannot both be given"),
     ("generate --workdir=x --prompt_file=/nowhere", "No such file"),
     ("generate --workdir=x --save-state=/nowhere/s", "x has no config.json"),
+    ("generate --workdir=x --tokens=0", "nothing would keep what was read"),
     ("generate --top_p=3", "3.0 is not a number in the range"),
     ("generate --tokens=many", "'many'"),
     ("evaluate --workdir=x --split=exam", "exam"),

@@ -105,6 +105,20 @@ def test_a_run(tmp_path, monkeypatch):
   assert imread(found["plot"]).shape == (700, 1200, 4)
 
 
+def test_what_was_found_outlives_a_run_that_ends_early(tmp_path, monkeypatch):
+  def one(kind, task, **_):
+    if kind == "grc":
+      raise FloatingPointError("the loss is nan")
+    return {"kind": kind, "task": task, "reach": None, "seconds": 1.0}
+
+  monkeypatch.setattr(module, "one", one)
+  kinds = ["none", "xl", "grc"]
+  with pytest.raises(FloatingPointError):
+    recall(tmp_path, tasks=["mqar"], kinds=kinds, steps=1, longest=1, tell=len)
+  left = json.loads((tmp_path / "recall.json").read_text())
+  assert [run["kind"] for run in left["runs"]] == ["none", "xl"] and "plot" not in left
+
+
 @pytest.mark.parametrize(
   "options,named",
   [

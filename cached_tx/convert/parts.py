@@ -1,6 +1,6 @@
 """What both official codes have in common: how their arrays make our parameters."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -20,6 +20,8 @@ class Sizes(NamedTuple):
 
   Attributes:
     choices: the model's.
+    plain: whether it is one table, not an adaptive vocabulary of one cluster.
+    biases: names of the biases of all logits.
     tables: ids of every table, without BOS where the weights have none.
     clusters: ids of every cluster, likewise.
     channels: widths of the rows of every cluster.
@@ -28,6 +30,8 @@ class Sizes(NamedTuple):
   """
 
   choices: Adaptive
+  plain: bool
+  biases: list[str]
   tables: list[int]
   clusters: list[int]
   channels: list[int]
@@ -35,23 +39,42 @@ class Sizes(NamedTuple):
   bos: int
 
   @property
+  def others(self) -> int:
+    """How many clusters there are besides the shortlist."""
+    return len(self.clusters) - 1
+
+  @property
   def kernels(self) -> list[int]:
     """The clusters whose embeddings have a projection: with one table, one for all."""
     return [i for i in range(len(self.tables)) if self.projected[i]]
 
 
-def sizes(take: Taken, model: DecoderLM, *biases: str) -> Sizes:
-  """The sizes of a model's vocabulary; `biases` are those of all logits."""
+def sizes(take: Taken, model: DecoderLM, names: Callable[[int], list[str]]) -> Sizes:
+  """The sizes of a model's vocabulary; `names` of the biases of so many clusters."""
   own, D = model.vocabulary or Adaptive(), model.width
+  biases = names(len(own.cutoffs) + 1)
   bos = int(sum(map(take.length, biases)) == model.vocab - 1)
   clusters = own.sizes(model.vocab - bos)
   tables = clusters if own.divisor > 1 else [model.vocab - bos]
-  return Sizes(own, tables, clusters, own.channels(D), own.projected(D), bos)
+  return Sizes(
+    own,
+    model.vocabulary is None,
+    biases,
+    tables,
+    clusters,
+    own.channels(D),
+    own.projected(D),
+    bos,
+  )
+
+
+def head_width(model: DecoderLM) -> int:
+  """K."""
+  return model.attentions()[0].head_width
 
 
 def vocabulary(
   of: Sizes,
-  plain: bool,
   tables: Arrays,
   bias: np.ndarray,
   *,
@@ -69,7 +92,7 @@ def vocabulary(
     return {"embedding": np.concatenate([table, more])}
 
   bias = np.concatenate([bias, np.full(of.bos, NEVER, bias.dtype)])
-  if plain:
+  if of.plain:
     return {**rows(0, tables[0]), "output_bias": bias}
   made: dict[str, Any] = {"output_bias": bias}
   made |= {f"tables_{i}": rows(i, table) for i, table in tables.items()}

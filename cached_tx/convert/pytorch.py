@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from cached_tx.convert.parts import attention, sizes, stacked, vocabulary
+from cached_tx.convert.parts import attention, head_width, sizes, stacked, vocabulary
 from cached_tx.convert.weights import Taken
 from cached_tx.models import DecoderLM
 
@@ -12,7 +12,7 @@ from cached_tx.models import DecoderLM
 def from_pytorch(take: Taken, model: DecoderLM) -> dict[str, Any]:
   """Parameters of `model`."""
   D, H = model.width, model.heads
-  K = model.head_width or D // H
+  K = head_width(model)
   blocks = [_block(take, model, i) for i in range(model.layers)]
   frequencies = 10_000.0 ** -(np.arange(0, D, 2) / D)
   take.copy("pos_emb.inv_freq", frequencies, 1e-4)  # a buffer, which we compute
@@ -26,7 +26,7 @@ def from_pytorch(take: Taken, model: DecoderLM) -> dict[str, Any]:
 
 def _block(take: Taken, model: DecoderLM, i: int) -> dict[str, Any]:
   D, F, H = model.width, model.mlp, model.heads
-  K = model.head_width or D // H
+  K = head_width(model)
   at, ff = f"layers.{i}.dec_attn.", f"layers.{i}.pos_ff."
 
   def norm(name: str) -> dict[str, Any]:
@@ -53,9 +53,8 @@ def _block(take: Taken, model: DecoderLM, i: int) -> dict[str, Any]:
 
 def _vocabulary(take: Taken, model: DecoderLM) -> dict[str, Any]:
   """The clusters' logits stand in reverse: cluster i has the last but i - 1."""
-  count = len(model.vocabulary.cutoffs) + 1 if model.vocabulary else 1
-  D, biases = model.width, [f"crit.out_layers.{i}.bias" for i in range(count)]
-  of = sizes(take, model, *biases)
+  D = model.width
+  of = sizes(take, model, lambda n: [f"crit.out_layers.{i}.bias" for i in range(n)])
   tables, outputs, kernels, own_kernels = {}, {}, {}, {}
   for i, size in enumerate(of.tables):
     shape, name = (size, of.channels[i]), f"crit.out_layers.{i}.weight"
@@ -73,13 +72,12 @@ def _vocabulary(take: Taken, model: DecoderLM) -> dict[str, Any]:
     elif there:
       own_kernels[i] = take(name, D, of.channels[i]).T
   clusters = cluster_bias = None
-  if count > 1:
-    clusters = take("crit.cluster_weight", count - 1, of.channels[0])[::-1]
-    cluster_bias = take("crit.cluster_bias", count - 1)[::-1]
-  bias = [take(name, size) for name, size in zip(biases, of.tables, strict=False)]
+  if of.others:
+    clusters = take("crit.cluster_weight", of.others, of.channels[0])[::-1]
+    cluster_bias = take("crit.cluster_bias", of.others)[::-1]
+  bias = [take(name, size) for name, size in zip(of.biases, of.tables, strict=False)]
   return vocabulary(
     of,
-    model.vocabulary is None,
     tables,
     np.concatenate(bias),
     kernels=kernels,

@@ -4,7 +4,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-import flax.linen as nn
 import jax
 from ml_collections import ConfigDict
 
@@ -52,7 +51,7 @@ def convert(
   model, mesh = experiment.model, experiment.mesh
   params = from_official_xl(read_weights(weights), model)
   optimizer, _ = configured_optimizer(config, model)
-  with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
+  with sharding.on(mesh):
     state, shardings = init_state(
       model,
       optimizer,

@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from cached_tx.convert.parts import attention, sizes, stacked, vocabulary
+from cached_tx.convert.parts import attention, head_width, sizes, stacked, vocabulary
 from cached_tx.convert.weights import Taken
 from cached_tx.models import DecoderLM
 
@@ -14,7 +14,7 @@ EMBED, SOFTMAX = "transformer/adaptive_embed/", "transformer/adaptive_softmax/"
 def from_tensorflow(take: Taken, model: DecoderLM) -> dict[str, Any]:
   """Parameters of `model`."""
   H, N = model.heads, model.layers
-  K = model.head_width or model.width // H
+  K = head_width(model)
   shape = (H, K) if model.tied_biases else (N, H, K)
   u = take("transformer/r_w_bias", *shape)
   v = take("transformer/r_r_bias", *shape)
@@ -31,7 +31,7 @@ def from_tensorflow(take: Taken, model: DecoderLM) -> dict[str, Any]:
 
 def _block(take: Taken, model: DecoderLM, i: int) -> dict[str, Any]:
   D, F, H = model.width, model.mlp, model.heads
-  K = model.head_width or D // H
+  K = head_width(model)
   at, ff = f"transformer/layer_{i}/rel_attn", f"transformer/layer_{i}/ff"
 
   def norm(name: str) -> dict[str, Any]:
@@ -52,13 +52,16 @@ def _block(take: Taken, model: DecoderLM, i: int) -> dict[str, Any]:
   return dict(attention=own, mlp=mlp, attention_norm=norm(at), mlp_norm=norm(ff))
 
 
+def _biases(clusters: int) -> list[str]:
+  if clusters == 1:
+    return [f"{SOFTMAX}bias"]
+  return [f"{SOFTMAX}cutoff_{i}/b" for i in range(clusters)]
+
+
 def _vocabulary(take: Taken, model: DecoderLM) -> dict[str, Any]:
-  count = len(model.vocabulary.cutoffs) + 1 if model.vocabulary else 1
-  D, clusters = model.width, [f"cutoff_{i}/" for i in range(count)]
-  biases = [f"{SOFTMAX}{name}b" for name in clusters]
-  if count == 1:
-    biases = [f"{SOFTMAX}bias"]
-  of = sizes(take, model, *biases)
+  D = model.width
+  of = sizes(take, model, _biases)
+  clusters = [f"cutoff_{i}/" for i in range(len(of.clusters))]
   own = clusters if of.choices.divisor > 1 else [""]  # where embeddings are
   tables = {
     i: take(f"{EMBED}{own[i]}lookup_table", size, of.channels[i])
@@ -71,14 +74,13 @@ def _vocabulary(take: Taken, model: DecoderLM) -> dict[str, Any]:
     if there and not of.choices.ties()[i]
   }
   words = cluster_bias = None
-  if count > 1:
-    shape = (count - 1, of.channels[0])
+  if of.others:
+    shape = (of.others, of.channels[0])
     words = take(f"{SOFTMAX}cutoff_0/cluster_W", *shape)
-    cluster_bias = take(f"{SOFTMAX}cutoff_0/cluster_b", count - 1)
-  bias = [take(name, size) for name, size in zip(biases, of.clusters, strict=True)]
+    cluster_bias = take(f"{SOFTMAX}cutoff_0/cluster_b", of.others)
+  bias = [take(name, size) for name, size in zip(of.biases, of.clusters, strict=True)]
   return vocabulary(
     of,
-    model.vocabulary is None,
     tables,
     np.concatenate(bias),
     kernels=kernels,

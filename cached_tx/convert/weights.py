@@ -57,8 +57,8 @@ class Taken:
     return name in self._left
 
   def length(self, name: str) -> int:
-    """Of an array that is not taken by this; 0 where there is none."""
-    return len(self._left.get(name, ()))
+    """Of an array that is not taken by this; 0 where there is none, or one number."""
+    return sum(np.shape(self._left.get(name, ()))[:1])
 
   def __call__(self, name: str, *shape: int) -> np.ndarray:
     """The array of this name and shape, in float32, or in float64 if it is."""

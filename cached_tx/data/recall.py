@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Int32, Int64
+from jaxtyping import Int64
 
 from cached_tx.data.streams import Batch
 
@@ -87,6 +87,11 @@ def passkey(rng: np.random.Generator, room: int) -> Episode:
 def associative_recall(rng: np.random.Generator, room: int) -> Episode:
   """Keys with a value each; every key is asked for, in another order (MQAR)."""
   count = room // 2
+  if count > KEYS:
+    raise ValueError(
+      f"half a segment has room for {count} keys, and there are {KEYS}: the task mqar "
+      "takes a shorter segment"
+    )
   keys = _KEY + rng.permutation(KEYS)[:count]
   values = _values(rng, count)
   pairs = np.stack([keys, values], axis=1)
@@ -103,19 +108,6 @@ TASKS: dict[str, Task] = {
 SILENT = ("copying",)  # tasks with blanks where the others have noise
 
 
-class Episodes(NamedTuple):
-  """One step's episodes.
-
-  Attributes:
-    batch: of B rows of C (longest + 1) tokens; weights are 1 where the target is an
-      answer, else 0.
-    distances: of each row, segments between what is shown and the question.
-  """
-
-  batch: Batch
-  distances: Int32[np.ndarray, "B"]
-
-
 def episodes(
   task: str,
   rows: Sequence[int],
@@ -125,7 +117,7 @@ def episodes(
   seed: int,
   step: int,
   distance: int | None = None,
-) -> Episodes:
+) -> Batch:
   """The episodes of some rows of a step.
 
   Args:
@@ -137,8 +129,13 @@ def episodes(
     step: from 0.
     distance: of all rows; None: uniform from 0 to `longest`, for each row its own.
 
+  Returns:
+    B rows of C (longest + 1) tokens; weights are 1 where the target is an answer, else
+    0.
+
   Raises:
-    ValueError: an unknown task, or a number out of its range.
+    ValueError: an unknown task, a number out of its range, or a segment that shows more
+      keys than the task has.
   """
   if task not in TASKS:
     raise ValueError(f"task {task!r} is unknown: one of {', '.join(TASKS)}")
@@ -146,18 +143,13 @@ def episodes(
     raise ValueError(
       f"segment is {segment}; one half shows and one asks: even, {SHORTEST} or more"
     )
-  if segment > 2 * KEYS:
-    raise ValueError(
-      f"segment is {segment}; {KEYS} keys fill no more than {2 * KEYS} tokens"
-    )
   if longest < 0 or not 0 <= (distance or 0) <= longest:
     raise ValueError(f"distance is {distance}, longest {longest}: 0 to longest")
   parts = [_row(task, row, segment, longest, seed, step, distance) for row in rows]
-  tokens, weights, distances = (np.stack(part) for part in zip(*parts, strict=True))
+  tokens, weights = (np.stack(part) for part in zip(*parts, strict=True))
   tokens = tokens.astype(np.int32)
   now, after = tokens[:, :-1].copy(), tokens[:, 1:].copy()
-  batch = Batch(now, after, weights[:, 1:].astype(np.float32), now == BOS)
-  return Episodes(batch, distances.astype(np.int32))
+  return Batch(now, after, weights[:, 1:].astype(np.float32), now == BOS)
 
 
 def _row(
@@ -168,8 +160,8 @@ def _row(
   seed: int,
   step: int,
   distance: int | None,
-) -> tuple[np.ndarray, np.ndarray, int]:
-  """Tokens, one more than the episode has; which are answers; the distance."""
+) -> tuple[np.ndarray, np.ndarray]:
+  """Tokens, one more than the episode has; which are answers."""
   rng = np.random.default_rng([zlib.crc32(task.encode()), seed, step, row])
   drawn = int(rng.integers(longest + 1))
   distance = drawn if distance is None else distance
@@ -182,4 +174,4 @@ def _row(
   tokens[asked : asked + len(question)] = question
   weights = np.zeros(length)
   weights[asked : asked + len(question)] = answers
-  return tokens, weights, distance
+  return tokens, weights

@@ -17,6 +17,7 @@ from cached_tx.inspect.sizes import (
   state_bytes_by_layer,
   train_state,
 )
+from cached_tx.memory import kind_of
 from cached_tx.models import DecoderLM
 from cached_tx.tables import aligned, size
 from cached_tx.train.experiment import Experiment
@@ -51,7 +52,7 @@ def inspect(experiment: Experiment, compiled: bool = False) -> dict[str, Any]:
   sizes = dict(mesh.shape)
   state, places = train_state(experiment, mesh)
   table = parameter_table(model, mesh)
-  rows = -(-config.batch // (sizes["data"] * sizes["fsdp"]))
+  rows = config.batch // (sizes["data"] * sizes["fsdp"])
   params = device_bytes(state.params, places.params)
   device = {
     "parameters": params,
@@ -89,7 +90,7 @@ def _layers(model: DecoderLM) -> list[dict[str, Any]]:
   stream = state_bytes_by_layer(model, 1, stream=True)
   return [
     {
-      "kind": type(memory).__name__.removesuffix("Memory").lower(),
+      "kind": kind_of(memory),
       "layers": list(range(i, model.layers, len(model.memories))),
       "attended_slots": slots,
       "state_bytes_per_row": plain[i],

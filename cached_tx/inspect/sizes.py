@@ -3,7 +3,6 @@
 import math
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
@@ -13,7 +12,12 @@ from cached_tx.inspect.flops import arguments, run
 from cached_tx.models import DecoderLM
 from cached_tx.train import sharding
 from cached_tx.train.experiment import Experiment
-from cached_tx.train.state import TrainState, configured_optimizer, init_params
+from cached_tx.train.state import (
+  TrainState,
+  configured_optimizer,
+  init_params,
+  plan,
+)
 from cached_tx.train.step import compiled_step
 
 
@@ -123,33 +127,12 @@ def activation_bytes(model: DecoderLM, segments: int) -> int:
 
 
 def train_state(experiment: Experiment, mesh: Any) -> tuple[TrainState, TrainState]:
-  """Shapes of the whole train state, and their shardings."""
+  """Shapes of the whole train state, and their shardings; see `plan`."""
   config, model = experiment.config, experiment.model
-  boxed = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
-  params = sharding.unboxed(boxed)
   optimizer, _ = configured_optimizer(config, model)
-  ema = config.optimizer.ema
-  places = sharding.parameter_shardings(boxed, mesh)
-  whole = sharding.replicated(mesh)
-  slots = jax.eval_shape(optimizer.init, params)
-  memory = jax.eval_shape(lambda: model.initial_state(config.batch))
-  state = TrainState(
-    step=jax.ShapeDtypeStruct((), jnp.int32),
-    params=params,
-    opt_state=slots,
-    memory=memory,
-    rng=jax.eval_shape(lambda: jax.random.key(0)),
-    ema=params if ema else (),
-  )
-  shardings = TrainState(
-    step=whole,
-    params=places,
-    opt_state=sharding.like_parameters(slots, params, places, mesh),
-    memory=sharding.memory_shardings(memory, mesh),
-    rng=whole,
-    ema=places if ema else (),
-  )
-  return state, shardings
+  own: Any = dict(seed=config.seed, batch=config.batch, ema=config.optimizer.ema)
+  _, state, places = plan(model, optimizer, **own, mesh=mesh)
+  return state, places
 
 
 def device_bytes(tree: Any, places: Any) -> int:
@@ -184,7 +167,7 @@ def compiled_memory(experiment: Experiment) -> dict[str, int]:
   dtypes = (jnp.int32, jnp.int32, jnp.float32, jnp.bool_)
   parts: list[Any] = [struct(shape, dtype, sharding=rows) for dtype in dtypes]
   batch = Batch(*parts)
-  with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
+  with sharding.on(mesh):
     found = step.lower(state, batch).compile().memory_analysis()
   return {
     "arguments": found.argument_size_in_bytes,

@@ -9,7 +9,7 @@ from typing import Any
 from cached_tx.layers.analysis import ANALYSIS, Attended, Blended
 from cached_tx.layers.base import MemoryAttention
 from cached_tx.layers.block import NORMS, Block, layer_norm
-from cached_tx.layers.clock import Stream
+from cached_tx.layers.clock import Stream, is_stream
 from cached_tx.layers.dropout import Dropout, check_rate
 from cached_tx.layers.encoder import EncoderAttention, GatedEncoderAttention
 from cached_tx.layers.gated import GatedAttention, GatedState
@@ -62,6 +62,7 @@ __all__ = [
   "Vocabulary",
   "attention_for",
   "check_rate",
+  "is_stream",
   "layer_norm",
   "vocabulary_for",
 ]

@@ -43,6 +43,12 @@ class Stream(NamedTuple):
     return Stream(cleared(self.memory), tokens, self.starts & taken, self.phase)
 
 
+def is_stream(state: State) -> bool:
+  """Whether any layer's memory stands within a segment, as far as types tell."""
+  stream = lambda part: isinstance(part, Stream)
+  return any(map(stream, jax.tree.leaves(state, is_leaf=stream)))
+
+
 @runtime_checkable
 class Clocked(Protocol):
   """A module that `run` can drive."""

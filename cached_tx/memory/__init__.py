@@ -34,6 +34,7 @@ from cached_tx.memory.values import (
   stack_rows,
 )
 from cached_tx.memory.xl import XLMemory, XLState
+from cached_tx.options import typed
 
 KINDS: dict[str, type[MemoryModule]] = {
   "none": NoMemory,
@@ -48,11 +49,12 @@ def build_memory(kind: str, **options: Any) -> MemoryModule:
   """Makes a memory of a kind of the table.
 
   Raises:
-    ValueError: for an unknown kind, or an option that the kind does not have.
+    ValueError: for an unknown kind, or an option that the kind does not have, or that
+      is of another type.
   """
   if kind not in KINDS:
     raise ValueError(f"memory.kind is {kind!r}; one of {', '.join(KINDS)}")
-  fields = [field.name for field in dataclasses.fields(KINDS[kind])]
+  fields = {field.name: field.type for field in dataclasses.fields(KINDS[kind])}
   known = [name for name in fields if name not in ("parent", "name")]
   unknown = sorted(set(options) - set(known))
   if unknown:
@@ -61,7 +63,12 @@ def build_memory(kind: str, **options: Any) -> MemoryModule:
       f"such option; it has: {', '.join(known) or 'none'}. Another kind needs a "
       "section memory of its own: see configs/compare.py"
     )
-  return KINDS[kind](**options)
+  return KINDS[kind](**typed("memory.", options, fields))
+
+
+def kind_of(memory: MemoryModule) -> str:
+  """What a config calls it: its name in `KINDS`."""
+  return next(name for name, kind in KINDS.items() if type(memory) is kind)
 
 
 __all__ = [
@@ -86,6 +93,7 @@ __all__ = [
   "build_memory",
   "cleared",
   "fork",
+  "kind_of",
   "load_state",
   "partitioned",
   "pick_rows",

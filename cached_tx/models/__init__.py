@@ -1,10 +1,12 @@
 """Whole networks."""
 
+import dataclasses
 from typing import Any
 
 from cached_tx.layers import Adaptive
 from cached_tx.memory import MemoryModule, build_memory
 from cached_tx.models.decoder import DecoderLM
+from cached_tx.options import typed
 
 __all__ = ["DecoderLM", "build_model"]
 
@@ -22,12 +24,14 @@ def build_model(config: Any, vocab: int) -> DecoderLM:
   options = dict(config.model)
   pattern = tuple(options.pop("pattern"))
   elsewhere = {"parent", "name", "vocab", "segment", "tbptt", "memories"}
-  known = set(DecoderLM.__dataclass_fields__) - elsewhere
+  fields = {field.name: field.type for field in dataclasses.fields(DecoderLM)}
+  known = fields.keys() - elsewhere
   unknown = sorted(set(options) - known)
   if unknown:
     raise ValueError(f"model.{unknown[0]} is no option; there are: {sorted(known)}")
+  options = typed("model.", options, fields)
   if options.get("vocabulary") is not None:
-    options["vocabulary"] = _vocabulary(dict(options["vocabulary"]))
+    options["vocabulary"] = _vocabulary(options["vocabulary"])
   model = DecoderLM(
     vocab=vocab,
     segment=config.segment,
@@ -39,20 +43,20 @@ def build_model(config: Any, vocab: int) -> DecoderLM:
   return model
 
 
-def _vocabulary(options: dict[str, Any]) -> Adaptive:
+def _vocabulary(section: Any) -> Adaptive:
+  if not hasattr(section, "keys"):  # a mapping, or a ConfigDict
+    raise ValueError(
+      f"model.vocabulary is {section!r}; it is a section with the keys "
+      f"{', '.join(Adaptive._fields)}, or None"
+    )
+  options = dict(section)
   unknown = sorted(set(options) - set(Adaptive._fields))
   if unknown:
     raise ValueError(
       f"model.vocabulary.{unknown[0]} is no option; there are: "
       f"{', '.join(Adaptive._fields)}"
     )
-  for key in {"cutoffs", "tied_projections"} & options.keys():
-    if not isinstance(options[key], tuple | list):
-      raise ValueError(
-        f"model.vocabulary.{key} is {options[key]!r}; it is a tuple, one entry for each"
-      )
-    options[key] = tuple(options[key])
-  return Adaptive(**options)
+  return Adaptive(**typed("model.vocabulary.", options, Adaptive.__annotations__))
 
 
 def _memories(memory: dict, pattern: tuple[str, ...], dtype: str) -> tuple:

@@ -16,9 +16,9 @@ from cached_tx.layers import (
   Block,
   Dropout,
   MemoryAttention,
-  Stream,
   attention_for,
   check_rate,
+  is_stream,
   layer_norm,
   vocabulary_for,
 )
@@ -358,7 +358,7 @@ class DecoderLM(nn.Module):
     draws = self._draws()
     whole = tokens.shape[1] % self.segment == 0 and segment.valid is None
     clocked = any(memory.clocked for memory in self.memories)
-    if not _streams(state) and (whole or (clocked and tokens.shape[1] > self.segment)):
+    if not is_stream(state) and (whole or (clocked and tokens.shape[1] > self.segment)):
       x, state, losses = self._segments(stack, x, state, draws, segment)
     else:
       x, state, losses = stack(x, state, draws, segment)
@@ -401,9 +401,3 @@ class DecoderLM(nn.Module):
     state, (x, losses) = scan(stack, state, (cuts, starts, jnp.arange(n)))
     x = x.swapaxes(0, 1).reshape(B, L, D)
     return x, state, {name: loss.sum(axis=0) for name, loss in losses.items()}
-
-
-def _streams(state: State) -> bool:
-  """Whether any layer is in the midst of a segment, as far as types tell."""
-  is_stream = lambda s: isinstance(s, Stream)
-  return any(map(is_stream, jax.tree.leaves(state, is_leaf=is_stream)))

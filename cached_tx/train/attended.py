@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from cached_tx.layers import ANALYSIS
-from cached_tx.memory import KINDS, MemoryModule
+from cached_tx.memory import MemoryModule, kind_of
 from cached_tx.models import DecoderLM
-from cached_tx.ops.buckets import buckets
+from cached_tx.ops.buckets import buckets, slices
 from cached_tx.types import Segment, State
 
 PARTS = 6  # buckets of a region
@@ -32,13 +32,8 @@ class Group(NamedTuple):
 
   @property
   def keys(self) -> list[int]:
-    """How many keys each bucket has; see `cached_tx.ops.buckets`."""
-    each = [[size // PARTS] * (PARTS - 1) for _, size in self.regions]
-    return [
-      n
-      for (_, size), part in zip(self.regions, each, strict=True)
-      for n in (*part, size - sum(part))
-    ]
+    """How many keys each bucket has."""
+    return slices([size for _, size in self.regions], PARTS)
 
 
 class Tally:
@@ -97,11 +92,6 @@ def groups(model: DecoderLM) -> tuple[Group, ...]:
   )
 
 
-def kind_of(memory: MemoryModule) -> str:
-  """What a config calls it."""
-  return next(name for name, kind in KINDS.items() if type(memory) is kind)
-
-
 def observe(
   model: DecoderLM, params: Any, tokens: jax.Array, starts: jax.Array, state: State
 ) -> tuple[list[dict[str, Any]], State]:
@@ -136,11 +126,11 @@ def _of_group(group: Group, layers: list[Any]) -> dict[str, Any]:
   inner = [layer.get("own", layer) for layer in layers]  # beside a cache
   attended = both("attended", inner)
   sizes = tuple(size for _, size in group.regions)
-  cut = jax.vmap(jax.vmap(lambda row: buckets(row[None], sizes, PARTS)))
+  cut = lambda told: buckets(told, sizes, PARTS).swapaxes(1, 2)  # N slices B
   keys = jnp.maximum(jnp.asarray(group.keys), 1)[None, :, None]
   found = {
-    "mass": cut(attended.received).swapaxes(1, 2),
-    "visible": cut(attended.visible).swapaxes(1, 2) / keys,
+    "mass": cut(attended.received),
+    "visible": cut(attended.visible) / keys,
     "full": attended.full,
     "losses": both("losses", inner) if "losses" in inner[0] else {},
   }

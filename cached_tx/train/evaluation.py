@@ -1,6 +1,7 @@
 """How well a model predicts a whole stream, and what its memory is worth."""
 
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -33,6 +34,19 @@ class Evaluation(NamedTuple):
   def loss(self) -> float:
     """Nats per token."""
     return self.nats / max(self.targets, 1)
+
+
+def check_memory(names: Sequence[str], rows: int) -> None:
+  """Checks the choices that an `Evaluator` is asked for.
+
+  Raises:
+    ValueError: none, an unknown one, or fewer than 2 rows to shuffle.
+  """
+  for name in names or [""]:
+    if name not in MEMORY:
+      raise ValueError(f"memory={name!r} is unknown: one of {', '.join(MEMORY)}")
+  if "shuffled" in names and rows < 2:
+    raise ValueError("memory='shuffled' needs 2 rows or more: change eval.batch")
 
 
 class Reading:
@@ -99,8 +113,10 @@ class Evaluator:
     whole = sharding.replicated(reading.mesh)
     self._step = jax.jit(self._segment, out_shardings=((whole, whole), reading.kept))
 
-  def __call__(self, params: Any, memory: str = "kept") -> Evaluation:
-    """Predicts every target once, and never with a later token's help.
+  def __call__(
+    self, params: Any, memory: Sequence[str] = ("kept",)
+  ) -> dict[str, Evaluation]:
+    """Predicts every target once by each choice, never with a later token's help.
 
     Args:
       params: of the model.
@@ -109,36 +125,38 @@ class Evaluator:
         STALE segments ago (stale). The memory goes on being updated as if nothing
         had happened.
 
+    Returns:
+      The score of each choice.
+
     Raises:
-      ValueError: an unknown choice, or fewer than 2 rows to shuffle.
+      ValueError: as of `check_memory`.
     """
-    if memory not in MEMORY:
-      raise ValueError(f"memory={memory!r} is unknown: one of {', '.join(MEMORY)}")
-    if memory == "shuffled" and self._reading.rows < 2:
-      raise ValueError("memory='shuffled' needs 2 rows or more: change eval.batch")
     reading = self._reading
+    check_memory(memory, reading.rows)
     empty = state = reading.empty()
-    past = [empty] * STALE if memory == "stale" else []  # before the last segments
+    # States before the last segments: device memory, for this choice alone.
+    past = deque([empty] * STALE if "stale" in memory else [], maxlen=STALE)
     sums = []
     for index in range(reading.count):
       batch = reading.feed(reading.batches[index])
       if not self._compiled:
         processes.compile_together(self._step, params, state, batch)
         self._compiled = True
-      read = {
-        "kept": lambda: state,  # noqa: B023 - called at once
-        "zeroed": lambda: empty,
-        "shuffled": lambda: _rolled(state),  # noqa: B023
-        "stale": lambda: past[0],  # noqa: B023
-      }[memory]()
-      result, after = self._step(params, read, batch)
-      if memory in ("shuffled", "stale"):
-        _, after = self._step(params, state, batch)
-      past = [*past[1:], state] if past else past  # device memory, for this alone
+      found: dict[str, Any] = {}
+      after = empty
+      if set(memory) != {"zeroed"}:  # the others need what the past left
+        found["kept"], after = self._step(params, state, batch)
+      if "zeroed" in memory:
+        found["zeroed"], _ = self._step(params, empty, batch)
+      if "shuffled" in memory:
+        found["shuffled"], _ = self._step(params, _rolled(state), batch)
+      if "stale" in memory:
+        found["stale"], _ = self._step(params, past[0], batch)
+        past.append(state)
       state = after
-      sums.append(result)
-    nats, targets = zip(*jax.device_get(sums), strict=True)
-    return Evaluation(float(sum(map(float, nats))), int(sum(map(float, targets))))
+      sums.append({name: found[name] for name in memory})
+    host = jax.device_get(sums)
+    return {name: _total(result[name] for result in host) for name in memory}
 
   def _segment(self, params: Any, state: State, batch: Any) -> Any:
     out: Any = self._model.apply(
@@ -147,6 +165,12 @@ class Evaluator:
     logits, state, _ = out
     loss = optax.softmax_cross_entropy_with_integer_labels(logits, batch.targets)
     return (jnp.sum(loss * batch.weights), batch.weights.sum()), state
+
+
+def _total(results: Iterable[Any]) -> Evaluation:
+  """Of segments, added in float64."""
+  nats, targets = zip(*results, strict=True)
+  return Evaluation(float(sum(map(float, nats))), int(sum(map(float, targets))))
 
 
 _rolled: Callable[[State], State] = jax.jit(

@@ -6,7 +6,6 @@ import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 from ml_collections import ConfigDict
 
@@ -82,15 +81,14 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> Result:
     shard=feed.shard,
     shards=feed.shards,
   )
-  with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
+  with sharding.on(mesh):
     return _run(experiment, workdir, stream, feed, data)
 
 
 def prepare(experiment: Experiment) -> tuple[TrainState, TrainState, Callable]:
   """A state at step 0, its shardings, and the jitted step from (state, batch).
 
-  To be called, like the step, with the experiment's mesh set (`jax.set_mesh`) and
-  `sharding.RULES` as axis rules.
+  To be called, like the step, within `sharding.on` the experiment's mesh.
   """
   config, model, mesh = experiment.config, experiment.model, experiment.mesh
   optimizer, groups = configured_optimizer(config, model)
@@ -180,7 +178,7 @@ def _run(
         scores = {}
         if due(step, config.eval.every):
           params = state.ema if config.optimizer.ema else state.params
-          scores = {"loss": evaluator(params).loss}
+          scores = {"loss": evaluator(params)["kept"].loss}
           log.write(step - 1, scores)
           log.write(step - 1, gauges(params), kind="gauge", show=False)
         leaving = preemption.reached(step)

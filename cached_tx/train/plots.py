@@ -41,7 +41,7 @@ def loss_plot(
     raise ValueError(f"{jsonl_path} has no line with {metric!r}: nothing to draw")
   references = dict(references or {})
 
-  figure = _figure(8, 5)
+  figure = _figure(8.0, 5.0)
   axes = figure.add_subplot()
   if train.size:
     steps, values = train
@@ -89,7 +89,7 @@ def gauge_plot(
   if not heads:
     raise ValueError(f"there is no gauge {name!r} among {sorted(gauges)}")
 
-  figure = _figure(8, 5)
+  figure = _figure(8.0, 5.0)
   axes = figure.add_subplot()
   layers = sorted(heads)
   for layer in layers:
@@ -205,7 +205,7 @@ def attention_plot(
   })  # fmt: skip
   count = len(groups) + bool(losses)
 
-  figure = _figure(8, 4 * count)
+  figure = _figure(8.0, 4.0 * count)
   panels = figure.subplots(count, 1, squeeze=False)[:, 0]
   for axes, group in zip(panels, groups, strict=False):
     _draw_buckets(axes, group)
@@ -280,7 +280,7 @@ def recall_plot(found: Mapping[str, Any], png_path: str | os.PathLike) -> Path:
 
   columns = min(2, len(tasks))
   lines = -(-len(tasks) // columns)
-  figure = _figure(max(4 * columns, 6), 3.5 * lines)
+  figure = _figure(max(4.0 * columns, 6.0), 3.5 * lines)
   panels = figure.subplots(lines, columns, squeeze=False, sharey=True)
   for axes in panels.flat[len(tasks) :]:
     axes.set_axis_off()

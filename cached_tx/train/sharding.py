@@ -1,5 +1,7 @@
 """From a mesh in the config to arrays that are born in their place."""
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import flax.linen as nn
@@ -44,6 +46,13 @@ def make_mesh(data: int, fsdp: int, tensor: int, sequence: int) -> Mesh:
   if int(np.prod(sizes)) != count:
     raise ValueError(f"{text} do not multiply to the {count} devices there are")
   return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+@contextlib.contextmanager
+def on(mesh: Mesh) -> Iterator[None]:
+  """Within it, programs are traced for this mesh, by the rules of logical axes."""
+  with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
+    yield
 
 
 def one_device() -> Mesh:

@@ -1,12 +1,12 @@
 """All that a training step reads and writes."""
 
+from collections.abc import Callable
 from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from cached_tx.models import DecoderLM
@@ -74,16 +74,16 @@ def configured_optimizer(
   return make_optimizer(groups, axes, steps=config.steps, **options), groups
 
 
-def init_state(
+def plan(
   model: DecoderLM,
   optimizer: optax.GradientTransformation,
   *,
   seed: int,
   batch: int,
   ema: float,
-  mesh: Mesh,
-) -> tuple[TrainState, TrainState]:
-  """A state at step 0, born sharded, and its shardings.
+  mesh: sharding.AnyMesh,
+) -> tuple[Callable[[], TrainState], TrainState, TrainState]:
+  """What a state at step 0 is made of; nothing is computed.
 
   Args:
     model: the network.
@@ -93,6 +93,9 @@ def init_state(
     ema: decay of the parameters' moving average; 0 keeps none.
     mesh: where the arrays go.
 
+  Returns:
+    A function that makes it, its shapes, and its shardings.
+
   Raises:
     ValueError: if the rows do not divide among the devices of the mesh.
   """
@@ -101,9 +104,9 @@ def init_state(
     raise ValueError(
       f"batch is {batch} rows, which mesh.data x mesh.fsdp = {shared} does not divide"
     )
-  key, rng = jax.random.split(jax.random.key(seed))
 
   def make() -> TrainState:
+    key, rng = jax.random.split(jax.random.key(seed))
     params = sharding.unboxed(init_params(model, key))
     return TrainState(
       step=jnp.zeros((), jnp.int32),
@@ -115,7 +118,7 @@ def init_state(
     )
 
   abstract = jax.eval_shape(make)
-  boxed = jax.eval_shape(lambda: init_params(model, key))
+  boxed = jax.eval_shape(lambda: init_params(model, jax.random.key(seed)))
   params = sharding.parameter_shardings(boxed, mesh)
   whole = sharding.replicated(mesh)
   shardings = TrainState(
@@ -128,4 +131,12 @@ def init_state(
     rng=whole,
     ema=params if ema else (),
   )
+  return make, abstract, shardings
+
+
+def init_state(
+  model: DecoderLM, optimizer: optax.GradientTransformation, **options: Any
+) -> tuple[TrainState, TrainState]:
+  """A state at step 0, born sharded, and its shardings; arguments as of `plan`."""
+  make, _, shardings = plan(model, optimizer, **options)
   return jax.jit(make, out_shardings=shardings)(), shardings

@@ -12,7 +12,7 @@ from cached_tx.layers.projections import ToHeads
 from cached_tx.layers.reconstruction import reconstruction_loss
 from cached_tx.memory import Comparison, CompressiveMemory, Replaced, Slots
 from cached_tx.memory.compressor import Compressor, Decoder
-from cached_tx.ops.buckets import buckets
+from cached_tx.ops.buckets import buckets, slices
 from cached_tx.ops.compress import (
   Reach,
   all_valid,
@@ -311,7 +311,10 @@ def test_buckets(name):
   with precision("float64"):
     weights = jnp.asarray(own[f"buckets_{name}/weights"])
     got = buckets(weights.mean(axis=(1, 2)), sizes)
-  close(got, own[f"buckets_{name}/buckets18"])
+    assert got.shape == (len(weights), len(slices(sizes, 6)))
+    alone = buckets(jnp.eye(sum(sizes))[:, None], sizes)  # each key by itself
+    np.testing.assert_array_equal(alone.sum(axis=(0, 1)), slices(sizes, 6))
+    close(got.mean(axis=0), own[f"buckets_{name}/buckets18"])
   with pytest.raises(ValueError, match="sizes are"):
     buckets(weights[:, 0, 0, 1:], sizes)
 

@@ -1,9 +1,13 @@
 """Keys of a config: all are checked, and few may be missing."""
 
 import json
+import re
 
 import pytest
+from ml_collections import ConfigDict
 
+from cached_tx.layers import Adaptive
+from cached_tx.memory import build_memory
 from cached_tx.models import build_model
 from cached_tx.train.config import OPTIONAL, check, from_json, overridden, to_json
 from configs.quickstart import get_config as quickstart
@@ -32,6 +36,51 @@ def test_an_unknown_key_is_refused(key, near):
     ValueError, match=rf"{key} does not exist; did you mean.*{near}\?"
   ):
     check(with_model(quickstart(), **{key: 1}))
+
+
+@pytest.mark.parametrize(
+  "change,message",
+  [
+    ("memory.size=abc", "memory.size is 'abc'; it is a whole number"),
+    ("memory.size=1.5", "memory.size is 1.5; it is a whole number"),
+    ("memory.size=true", "memory.size is True; it is a whole number"),
+    ("memory.loss=0", "memory.loss is 0; it is text"),
+    ("memory.weight=much", "memory.weight is 'much'; it is a number"),
+    ("memory.dilations=2", "memory.dilations is 2; it is a tuple, each entry a whole"),
+    ("memory.dilations=[1,2.5]", "memory.dilations is (1, 2.5); it is a tuple"),
+    ("model.norm_bias=False", "model.norm_bias is 'False'; it is True or False"),
+    ("model.norm_bias=1", "model.norm_bias is 1; it is True or False"),
+    ("model.attention_dropout=x", "model.attention_dropout is 'x'; it is a number or"),
+    ("model.vocabulary=5", "model.vocabulary is 5; it is a section with the keys cut"),
+    ("model.vocabulary=abc", "model.vocabulary is 'abc'; it is a section"),
+    ('model.vocabulary={"tied": 0}', "model.vocabulary.tied is 0; it is True or False"),
+    ('model.vocabulary={"cutoffs": 9}', "model.vocabulary.cutoffs is 9; it is a tuple"),
+  ],
+)
+def test_an_option_of_another_type_is_refused(change, message):
+  """Whether or not the config has it already, from whose value a type could be told."""
+  config = quickstart()
+  with config.unlocked():
+    config.memory = ConfigDict({"kind": "compressive"})
+  with pytest.raises(ValueError, match=re.escape(message)):
+    build_model(overridden(config, [change]), 257)
+
+
+def test_options_of_the_right_type_are_taken():
+  config = quickstart()
+  with config.unlocked():
+    config.memory = ConfigDict({"kind": "compressive", "compressor": "dilated"})
+  changes = ["memory.weight=2", "memory.dilations=[1]", "memory.remainder=drop"]
+  changes += ["model.norm_bias=true", "model.attention_dropout=null"]
+  changes += ['model.vocabulary={"cutoffs": [9], "tied_projections": []}']
+  model = build_model(overridden(config, changes), 257)
+  assert (model.memories[0].weight, model.memories[0].dilations) == (2, (1,))
+  assert (model.norm_bias, model.attention_dropout) == (True, None)
+  assert model.vocabulary == Adaptive((9,))
+  grc = build_memory("grc", attend=None, eval_update=True, ratio=1, dtype="bfloat16")
+  assert grc.eval_update is True
+  with pytest.raises(ValueError, match=r"'False'; it is True or False .* or None"):
+    build_memory("grc", eval_update="False")
 
 
 def test_a_section_within_the_model_survives_json():

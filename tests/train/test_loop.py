@@ -3,7 +3,6 @@
 import math
 import shutil
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,6 +13,7 @@ from cached_tx.data import Batch
 from cached_tx.models import DecoderLM
 from cached_tx.train import loop, sharding
 from cached_tx.train.checkpoint import Checkpoints
+from cached_tx.train.evaluation import Evaluator, Reading
 from cached_tx.train.experiment import Experiment
 from cached_tx.train.loop import due, train
 from cached_tx.train.metrics import read_log
@@ -66,11 +66,14 @@ def test_evaluation_lines_are_of_the_average(ran):
   lines = [r for r in lines if r["kind"] == "eval"]
   assert [r["step"] for r in lines] == [EVERY - 1, STEPS - 1]
   experiment = Experiment(own)
-  with jax.set_mesh(experiment.mesh), nn.logical_axis_rules(sharding.RULES):
+  with sharding.on(experiment.mesh):
     held_out = loop._tokens(experiment, "validation")
-    validation = loop._validation(experiment, held_out)
-    assert validation(result.state.ema).loss == pytest.approx(lines[-1]["loss"], 1e-6)
-    assert abs(validation(result.state.params).loss - lines[-1]["loss"]) > 1e-3
+    cut = dict(rows=own.eval.batch, segments=own.eval.segments)
+    reading = Reading(experiment.model, held_out, mesh=experiment.mesh, **cut)
+    validation = Evaluator(experiment.model, reading)
+    loss = lambda params: validation(params)["kept"].loss
+    assert loss(result.state.ema) == pytest.approx(lines[-1]["loss"], 1e-6)
+    assert abs(loss(result.state.params) - lines[-1]["loss"]) > 1e-3
 
 
 def test_gauges_stand_beside_evaluations(ran):
@@ -191,7 +194,7 @@ def stream(rows: int, length: int) -> Batch:
 def steps(own, batches):
   """The state and the metrics after steps on `batches`."""
   experiment = Experiment(own, alone())
-  with jax.set_mesh(experiment.mesh), nn.logical_axis_rules(sharding.RULES):
+  with sharding.on(experiment.mesh):
     state, _, step = loop.prepare(experiment)
     metrics = []
     for batch in batches:

@@ -5,7 +5,6 @@ import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import numpy as np
 import pytest
@@ -50,7 +49,7 @@ def three_steps(*shape: int, seed: int | None = None) -> Ran:
   own = toy.get_config("compressive").unlock()
   own.batch, own.model.layers, own.data.path = ROWS, 1, str(text())
   experiment = Experiment(own.lock(), mesh(*shape))
-  with jax.set_mesh(experiment.mesh), nn.logical_axis_rules(sharding.RULES):
+  with sharding.on(experiment.mesh):
     state, _, step = prepare(experiment)
     start = jax.tree.map(
       lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), state
