@@ -11,7 +11,7 @@ import pytest
 from cached_tx.layers import GatedEncoderAttention
 from cached_tx.memory import GRCMemory, GRCState
 from cached_tx.types import Segment
-from tests.kinds import assert_close, jit, precision
+from tests.kinds import assert_close, jit, precision, some
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "grc"
 TOLERANCE = {"float64": 1e-10, "float32": 5e-6}
@@ -139,10 +139,7 @@ ROUNDED = {
 }
 
 
-@pytest.mark.parametrize(
-  "name",
-  [n if n in QUICKLY else pytest.param(n, marks=pytest.mark.prove) for n in CASES],
-)
+@pytest.mark.parametrize("name", some(CASES, QUICKLY))
 def test_the_authors_layer(name):
   golden, meta = read(name)
   tolerance = TOLERANCE[golden["x_eval"].dtype.name]
