@@ -5,8 +5,6 @@ put together here.
 """
 
 import functools
-import json
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -18,25 +16,13 @@ from cached_tx.layers import attention_for
 from cached_tx.memory import CompressiveMemory
 from cached_tx.types import Segment
 from tests.kinds import assert_close, boundary, jit, precision, some
-
-GOLDEN = Path(__file__).parents[1] / "golden"
-
-
-def golden(name):
-  own = np.load(GOLDEN / f"{name}.npz", allow_pickle=False)
-  return own, json.loads(str(own["meta_json"]))
+from tests.outside import golden, norm
 
 
 def close(got, want, tolerance, name=""):
   largest = np.abs(want).max() or 1.0
   worst = np.abs(np.float64(got) - np.float64(want)).max()
   assert worst <= tolerance * largest, f"{name}: {worst / largest}"
-
-
-def norm(x, scale, bias):
-  x = x - x.mean(axis=-1, keepdims=True)
-  x = x / jnp.sqrt((x * x).mean(axis=-1, keepdims=True) + 1e-5)
-  return x * jnp.broadcast_to(scale, x.shape) + jnp.broadcast_to(bias, x.shape)
 
 
 def linear(x, kernel, bias):
@@ -142,11 +128,11 @@ ALGORITHM = [
 
 @pytest.mark.parametrize("name", some(ALGORITHM, ALGORITHM[:2]))
 def test_algorithm_1(name, tolerance=1e-10):
-  own, meta = golden(name)
+  meta, own = golden(name)
   config = meta["config"]
   layer = of_paper(config, "attention")
   with precision("float64"):
-    p = {k[6:]: jnp.asarray(own[k]) for k in own.files if k.startswith("param/")}
+    p = jax.tree.map(jnp.asarray, own.below("param/"))
     states = [layer.initial_state(2)] * config["L"]
     step = functools.partial(window, layer, config)
     step = jit(jax.value_and_grad(step, has_aux=True))
@@ -163,7 +149,7 @@ def test_algorithm_1(name, tolerance=1e-10):
           check(**{f"mem_valid{i}": state.recent.valid})
           check(**{f"cm_valid{i}": state.compressed.valid})
       check(**{f"aux_attn_mse_layer{i}": loss for i, loss in enumerate(losses)})
-      for key in own.files:
+      for key in own:
         kind, _, of = key.removeprefix(f"seg{t}/").partition("/")
         if key.startswith(f"seg{t}/") and kind in ("grad_ce", "grad_sum_aux"):
           close(grads[of], own[key], tolerance, key)
@@ -171,7 +157,7 @@ def test_algorithm_1(name, tolerance=1e-10):
 
 def check_window(own, t, tolerance, **found):
   for name, got in found.items():
-    if f"seg{t}/{name}" not in own.files:
+    if f"seg{t}/{name}" not in own:
       continue
     want = own[f"seg{t}/{name}"]
     got = np.asarray(got)
@@ -184,11 +170,11 @@ def check_window(own, t, tolerance, **found):
 @pytest.mark.parametrize("name", ALGORITHM[:1])
 def test_usage_is_what_attention_gave(name):
   """The weights that drive tokens out, by the transpose of attention."""
-  own, meta = golden(name)
+  meta, own = golden(name)
   config = meta["config"]
   layer = of_paper(config, "attention")
   with precision("float64"):
-    p = {k[6:]: jnp.asarray(own[k]) for k in own.files if k.startswith("param/")}
+    p = jax.tree.map(jnp.asarray, own.below("param/"))
     part = {k.split("/")[1]: v for k, v in p.items() if k.startswith("layer0/")}
     params = {"params": mapped(part, config)}
     state = layer.initial_state(2)
@@ -205,11 +191,11 @@ def test_usage_is_what_attention_gave(name):
 @pytest.mark.parametrize("name", ALGORITHM[:1])
 def test_a_gradient_through_the_slots_alone(name):
   """The paper's row "BPTT": two windows, no auxiliary loss."""
-  own, meta = golden(name)
+  meta, own = golden(name)
   config = meta["config"]
   layer = of_paper(config, "none", gradient="slots")
   with precision("float64"):
-    p = {k[6:]: jnp.asarray(own[k]) for k in own.files if k.startswith("param/")}
+    p = jax.tree.map(jnp.asarray, own.below("param/"))
     texts = list(windows(own, config))
     states = []
     for i in range(config["L"]):
@@ -258,14 +244,14 @@ def test_what_a_gradient_passes_a_boundary_through(gradient):
   "name", ["fig1", "ns4_nm8_ncm6_c2", "nm_not_multiple", "rem_ns5_nm10_ncm4_c2"]
 )
 def test_which_token_sits_in_which_slot(name):
-  own = np.load(GOLDEN / "d_fifo_and_buckets.npz", allow_pickle=False)
+  _, own = golden("d_fifo_and_buckets")
   n_s, n_m, n_cm, c = (int(n) for n in own[f"{name}/ns_nm_ncm_c"])
   remainder = "drop" if n_s % c else "refuse"
   memory = CompressiveMemory(n_m, n_cm, c, "max", "none", remainder=remainder)
   memory.check(n_s, 2, 1)
   state = memory.initial_state(1, 2, 1, jnp.float32)
   starts = jnp.zeros((1, n_s), bool)
-  segments = sum(f"{name}/seg{t}/mem" in own.files for t in range(20))
+  segments = sum(f"{name}/seg{t}/mem" in own for t in range(20))
   for t in range(segments):
     number = jnp.arange(t * n_s, (t + 1) * n_s, dtype=jnp.float32)[None]
     x = jnp.stack([number, -number], axis=-1)  # whose largest are the last and first
@@ -373,15 +359,15 @@ def chunk(layer, core, p, x, states):
 
 @pytest.mark.parametrize("name", some(AUTHORS, list(AUTHORS)[:2]))
 def test_the_authors_code(name, tolerance=5e-6):
-  own, meta = golden(name)
+  meta, own = golden(name)
   core, n = meta["core_config"], meta["core_config"]["num_layers"]
   with precision("float32"):
     layer = of_authors(meta, **AUTHORS.get(name, {}))
-    p = {k[6:]: jnp.asarray(own[k]) for k in own.files if k.startswith("param/")}
+    p = jax.tree.map(jnp.asarray, own.below("param/"))
     states = [layer.initial_state(meta["B"])] * n
     step = jit(functools.partial(chunk, layer, core))
     t = 0
-    while f"seg{t}/x" in own.files:
+    while f"seg{t}/x" in own:
       x = jnp.asarray(own[f"seg{t}/x"])
       if t == meta["grad_seg"]:
         check_gradients(own, t, functools.partial(chunk, layer, core), p, x, states)
@@ -410,13 +396,13 @@ def check_gradients(own, t, step, p, x, states, tolerance=5e-6):
     else:
       assert not grad.any(), name
     key = f"seg{t}/grad_main/{name}"
-    if key in own.files:
+    if key in own:
       close(main[name], own[key], tolerance, name)
   for i, (state, none) in enumerate(zip(of_states, nothing, strict=True)):
     key = f"seg{t}/grad_main_wrt_state/"
     parts = {"episodic": state.recent.tokens, "compressed": state.compressed.tokens}
     for part, got in parts.items():
-      if f"{key}{part}{i}" in own.files:
+      if f"{key}{part}{i}" in own:
         close(got, own[f"{key}{part}{i}"], tolerance, f"{part}{i}")
     assert not none.recent.tokens.any() and not none.compressed.tokens.any()
 
@@ -429,11 +415,11 @@ def test_token_by_token_compresses_the_same_blocks():
   whatever has been compressed of them, and so is not its mode of chunks, cut finer.
   Ours is.
   """
-  own, meta = golden("e_sonnet_single_step_c3")
+  meta, own = golden("e_sonnet_single_step_c3")
   c, core = meta["rate"], meta["core_config"]
   with precision("float32"):
     layer = of_authors(meta | {"chunk": c})
-    p = {k[6:]: jnp.asarray(own[k]) for k in own.files if k.startswith("param/")}
+    p = jax.tree.map(jnp.asarray, own.below("param/"))
     heads = "transformer_tower/layer_0/multihead_attention/"
     part = {k.removeprefix(heads): v for k, v in p.items() if k.startswith(heads)}
     params = from_authors(part, p["conv_compressor/conv_1d/w"], core)
