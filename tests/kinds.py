@@ -232,4 +232,4 @@ def assert_close(got: Any, want: Any, tolerance: float) -> None:
       continue
     a, b = np.float64(a), np.float64(b)
     largest = np.abs(np.where(np.abs(b) < 1e29, b, 0)).max(initial=0) or 1.0
-    np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * largest)
+    np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * largest, equal_nan=False)

@@ -1,5 +1,6 @@
 """Files made by Transformer-XL's own code: their arrays, its models as ours."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,9 @@ def worst(got: Any, want: np.ndarray) -> float:
   assert got.shape == want.shape, (got.shape, want.shape)
   if not want.size:
     return 0.0
-  return float(np.abs(got - want).max() / np.abs(want).max())
+  error = float(np.abs(got - want).max() / np.abs(want).max())
+  assert math.isfinite(error)  # the max() of errors would pass over a NaN
+  return error
 
 
 def worst_of(got: Any, want: Any) -> float:
