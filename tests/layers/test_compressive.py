@@ -90,7 +90,6 @@ def mapped(p, config):
 def window(layer, config, p, tokens, targets, states):
   """One window through all layers, post-norm: its loss, and what else it gives."""
   h, after, losses = p["embed"][tokens], [], []
-  hidden = [h]
   for i, state in enumerate(states):
     own = {k.split("/")[1]: v for k, v in p.items() if k.startswith(f"layer{i}/")}
     y, state, loss = attend(layer, mapped(own, config), h, state)
@@ -101,11 +100,10 @@ def window(layer, config, p, tokens, targets, states):
     h = norm(y + a, own["ln2_g"], own["ln2_b"])
     after.append(state)
     losses += [rows.mean() for rows in loss.values()]
-    hidden.append(h)
   logits = linear(h, p["out_w"], p["out_b"])
   ce = optax.softmax_cross_entropy_with_integer_labels(logits, targets).mean()
   aux = sum(losses, start=jnp.zeros((), ce.dtype))
-  return ce + aux, (ce, losses, logits, hidden, after)
+  return ce + aux, (losses, logits, after)
 
 
 def windows(own, config):
@@ -137,34 +135,25 @@ def test_algorithm_1(name, tolerance=1e-10):
     step = functools.partial(window, layer, config)
     step = jit(jax.value_and_grad(step, has_aux=True))
     for t, (tokens, targets) in enumerate(windows(own, config)):
-      (_, found), grads = step(p, tokens, targets, states)
-      ce, losses, logits, hidden, states = found
-      check = functools.partial(check_window, own, t, tolerance)
-      check(ce=ce, logits=logits)
-      for i, state in enumerate(states):
-        new = state.compressed.tokens[:, -(config["ns"] // config["c"]) :]
-        check(**{f"h{i + 1}": hidden[i + 1], f"mem_out{i}": state.recent.tokens})
-        check(**{f"cm_out{i}": state.compressed.tokens, f"new_cm{i}": new})
-        if config["init_masked"]:
-          check(**{f"mem_valid{i}": state.recent.valid})
-          check(**{f"cm_valid{i}": state.compressed.valid})
-      check(**{f"aux_attn_mse_layer{i}": loss for i, loss in enumerate(losses)})
-      for key in own:
-        kind, _, of = key.removeprefix(f"seg{t}/").partition("/")
-        if key.startswith(f"seg{t}/") and kind in ("grad_ce", "grad_sum_aux"):
-          close(grads[of], own[key], tolerance, key)
+      (_, (losses, logits, states)), grads = step(p, tokens, targets, states)
+      found = {"logits": logits}
+      found |= {f"mem_out{i}": s.recent.tokens for i, s in enumerate(states)}
+      found |= {f"cm_out{i}": s.compressed.tokens for i, s in enumerate(states)}
+      found |= {f"aux_attn_mse_layer{i}": loss for i, loss in enumerate(losses)}
+      check_window(own, t, tolerance, **found)
+      for kind in ("grad_ce", "grad_sum_aux"):  # of one window, if at all
+        for name, want in own.below(f"seg{t}/{kind}/").items():
+          close(grads[name], want, tolerance, f"{kind}/{name}")
+  elsewhere = ("usage_block0", "bptt_seg2_3")  # for the next two tests
+  assert all(any(part in key for part in elsewhere) for key in own.unread)
 
 
 def check_window(own, t, tolerance, **found):
+  """Files have some of the windows; of these, everything that is `found`."""
+  if not any(key.startswith(f"seg{t}/") for key in own):
+    return
   for name, got in found.items():
-    if f"seg{t}/{name}" not in own:
-      continue
-    want = own[f"seg{t}/{name}"]
-    got = np.asarray(got)
-    if got.dtype == bool:
-      np.testing.assert_array_equal(got, np.broadcast_to(want, got.shape))
-    else:
-      close(got, want, tolerance, f"seg{t}/{name}")
+    close(got, own[f"seg{t}/{name}"], tolerance, f"seg{t}/{name}")
 
 
 @pytest.mark.parametrize("name", ALGORITHM[:1])
@@ -188,7 +177,10 @@ def test_usage_is_what_attention_gave(name):
       _, state, _ = attend(layer, params["params"], h, state)
 
 
-@pytest.mark.parametrize("name", ALGORITHM[:1])
+CONV = [name for name in ALGORITHM if "conv" in name]
+
+
+@pytest.mark.parametrize("name", some(CONV, CONV[:1]))
 def test_a_gradient_through_the_slots_alone(name):
   """The paper's row "BPTT": two windows, no auxiliary loss."""
   meta, own = golden(name)
@@ -377,7 +369,8 @@ def test_the_authors_code(name, tolerance=5e-6):
       found |= {f"compressed_out{i}": s.compressed.tokens for i, s in enumerate(states)}
       check_window(own, t, tolerance, **found)
       t += 1
-    assert t > meta["grad_seg"]
+  leaks = ("/key/linear/w", "/value/linear/w")  # of the auxiliary loss: ours has none
+  assert all("/grad_aux/" in key and key.endswith(leaks) for key in own.unread)
 
 
 def check_gradients(own, t, step, p, x, states, tolerance=5e-6):
@@ -394,16 +387,13 @@ def check_gradients(own, t, step, p, x, states, tolerance=5e-6):
       close(grad, own[f"seg{t}/grad_aux/{name}"], tolerance, name)
       assert not main[name].any()
     else:
+      close(main[name], own[f"seg{t}/grad_main/{name}"], tolerance, name)
       assert not grad.any(), name
-    key = f"seg{t}/grad_main/{name}"
-    if key in own:
-      close(main[name], own[key], tolerance, name)
   for i, (state, none) in enumerate(zip(of_states, nothing, strict=True)):
-    key = f"seg{t}/grad_main_wrt_state/"
     parts = {"episodic": state.recent.tokens, "compressed": state.compressed.tokens}
     for part, got in parts.items():
-      if f"{key}{part}{i}" in own:
-        close(got, own[f"{key}{part}{i}"], tolerance, f"{part}{i}")
+      want = own[f"seg{t}/grad_main_wrt_state/{part}{i}"]
+      close(got, want, tolerance, f"{part}{i}")
     assert not none.recent.tokens.any() and not none.compressed.tokens.any()
 
 
