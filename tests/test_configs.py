@@ -19,9 +19,9 @@ FOLDER = Path(__file__).parents[1] / "configs"
 FILES = sorted(path.stem for path in FOLDER.glob("*.py"))
 SMOKE = [name for name in FILES if name != "compare"]
 
-# Millions. The published counts where the model is the paper's: 41M and 277M. The
-# others have a softmax over the whole vocabulary, or sizes that no paper gives.
-PARAMETERS = {"enwik8_xl_base": (41, 0.03), "enwik8_xl_large": (277, 0.03)}
+# In millions, as the papers have them, for the models that are the papers'. Not
+# wikitext103_xl_large: the paper says 257, and its authors' sizes make 285.
+PUBLISHED = {"enwik8_xl_base": 41, "enwik8_xl_large": 277, "wikitext103_xl_base": 151}
 VOCABULARY = {"wikitext103": 267_735, "pg19": 32_001}
 
 
@@ -39,9 +39,9 @@ def test_full_config_builds(name):
   vocab = VOCABULARY.get(config.data.name) or make_tokenizer("bytes").vocab
   model = build_model(config, vocab)
   shapes = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
-  millions = sum(math.prod(a.shape) for a in jax.tree.leaves(shapes)) / 1e6
-  published, tolerance = PARAMETERS.get(name, (millions, 0.1))
-  assert millions == pytest.approx(published, rel=tolerance)
+  if name in PUBLISHED:
+    millions = sum(math.prod(a.shape) for a in jax.tree.leaves(shapes)) / 1e6
+    assert millions == pytest.approx(PUBLISHED[name], rel=0.01)
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -60,8 +60,6 @@ SLOW = {
   "wikitext103_compressive",
   "wikitext103_xl_base",
 }
-
-
 assert {*SMOKE} > SLOW
 
 
