@@ -5,7 +5,7 @@ A new memory is one line of `MEMORIES`.
 
 import contextlib
 import functools
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -85,10 +85,21 @@ VARIANTS = (
 )
 
 
-def _kinds(quickly: Iterable[str]) -> pytest.MarkDecorator:
-  marks = lambda kind: () if kind in quickly else pytest.mark.prove
-  found = [pytest.param(kind, marks=marks(kind)) for kind in MEMORIES]
-  return pytest.mark.parametrize("kind", found)
+def some(values: Iterable[Any], quickly: Collection[Any]) -> list[Any]:
+  """What a test is asked: `make test` asks those in `quickly`, `make prove` the others.
+
+  A tuple is the values of several arguments.
+  """
+
+  def asked(value):
+    own = value if isinstance(value, tuple) else (value,)
+    return pytest.param(*own, marks=() if value in quickly else pytest.mark.prove)
+
+  return [asked(value) for value in values]
+
+
+def _kinds(quickly: Collection[str]) -> pytest.MarkDecorator:
+  return pytest.mark.parametrize("kind", some(MEMORIES, quickly))
 
 
 EVERY = _kinds(MEMORIES)
@@ -221,4 +232,4 @@ def assert_close(got: Any, want: Any, tolerance: float) -> None:
       continue
     a, b = np.float64(a), np.float64(b)
     largest = np.abs(np.where(np.abs(b) < 1e29, b, 0)).max(initial=0) or 1.0
-    np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * largest)
+    np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * largest, equal_nan=False)

@@ -1,6 +1,6 @@
 """Files made by Transformer-XL's own code: their arrays, its models as ours."""
 
-import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -9,17 +9,16 @@ import numpy as np
 
 from cached_tx.convert import from_official_xl, model_from_official
 from cached_tx.models import DecoderLM
+from tests import outside
+from tests.outside import Arrays
 
-FOLDER = Path(__file__).parent / "golden" / "xl"
+FOLDER = outside.FOLDER / "xl"
 
 
-def load(name: str, folder: Path = FOLDER) -> tuple[dict, dict[str, np.ndarray]]:
+def load(name: str, folder: Path = FOLDER) -> tuple[dict[str, Any], Arrays]:
   """What a file says of itself, and its arrays, floats in float64."""
-  with np.load(folder / f"{name}.npz", allow_pickle=False) as found:
-    arrays = {key: found[key] for key in found.files}
-  meta = json.loads(str(arrays.pop("meta_json")))
-  wide = lambda a: np.float64(a) if a.dtype.kind == "f" else a
-  return meta, {key: wide(a) for key, a in arrays.items()}
+  meta, arrays = outside.golden(name, folder)
+  return meta, arrays.wide()
 
 
 def rows(a: np.ndarray) -> np.ndarray:
@@ -33,29 +32,15 @@ def worst(got: Any, want: np.ndarray) -> float:
   assert got.shape == want.shape, (got.shape, want.shape)
   if not want.size:
     return 0.0
-  return float(np.abs(got - want).max() / np.abs(want).max())
+  error = float(np.abs(got - want).max() / np.abs(want).max())
+  assert math.isfinite(error)  # the max() of errors would pass over a NaN
+  return error
 
 
 def worst_of(got: Any, want: Any) -> float:
   """The largest of the errors of two trees of the same structure."""
   assert jax.tree.structure(got) == jax.tree.structure(want)
   return max(map(worst, jax.tree.leaves(got), jax.tree.leaves(want)))
-
-
-def attention(qkv: Any, distance: Any, output: Any, heads: int) -> dict[str, Any]:
-  """Projections of a layer, from kernels that lead with their inputs."""
-  D = len(qkv)
-  split = lambda kernel: {"kernel": kernel.reshape(D, heads, -1)}
-  query, key, value = (split(kernel) for kernel in np.split(qkv, 3, axis=1))
-  output = {"kernel": output.reshape(heads, -1, D)}
-  distance = split(distance)
-  return dict(query=query, key=key, value=value, distance=distance, output=output)
-
-
-def torch_attention(arrays: Any, prefix: str, heads: int) -> dict[str, Any]:
-  """Of one layer of the PyTorch code, or gradients by them; without u and v."""
-  get = lambda name: arrays[f"{prefix}{name}_net.weight"].T
-  return attention(get("qkv"), get("r"), get("o"), heads)
 
 
 def torch_model(meta: dict) -> DecoderLM:
@@ -71,7 +56,6 @@ def tf_model(meta: dict) -> DecoderLM:
   return model_from_official(config, tensorflow=True, dtype="float64")
 
 
-def parameters(arrays: Any, prefix: str, model: DecoderLM) -> dict[str, Any]:
+def parameters(arrays: Arrays, prefix: str, model: DecoderLM) -> dict[str, Any]:
   """Its parameters, or gradients by them: the arrays whose names begin so."""
-  own = {k.removeprefix(prefix): a for k, a in arrays.items() if k.startswith(prefix)}
-  return from_official_xl(own, model)
+  return from_official_xl(arrays.below(prefix), model)

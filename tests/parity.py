@@ -1,11 +1,14 @@
-"""Prints how far the package is from every golden file: the table of docs/parity.md.
+"""Prints how far the package is from every golden file.
 
 JAX_PLATFORMS=cpu python -m tests.parity
 
-It runs the tests that read the files, and notes the errors that they look at.
+It runs the tests that read the files, and notes the errors that they look at. These are
+the first and last columns of the table of docs/parity.md; the one between them, what is
+compared, is written by hand.
 """
 
 import itertools
+import math
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -45,7 +48,9 @@ class Errors:
         assert (a == b).all()
       elif b.size:
         gap = np.abs(np.float64(a) - np.float64(b)).max()
-        self.worst = max(self.worst, float(gap / (np.abs(b).max() or 1.0)))
+        error = float(gap / (np.abs(b).max() or 1.0))
+        assert math.isfinite(error)  # max() would pass over a NaN
+        self.worst = max(self.worst, error)
 
 
 def calls(test: Any) -> Iterator[dict[str, Any]]:

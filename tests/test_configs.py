@@ -13,14 +13,15 @@ from cached_tx.train.config import check
 from cached_tx.train.loop import train
 from cached_tx.train.metrics import read_log
 from cached_tx.train.state import init_params
+from tests.kinds import some
 
 FOLDER = Path(__file__).parents[1] / "configs"
 FILES = sorted(path.stem for path in FOLDER.glob("*.py"))
 SMOKE = [name for name in FILES if name != "compare"]
 
-# Millions. The published counts where the model is the paper's: 41M and 277M. The
-# others have a softmax over the whole vocabulary, or sizes that no paper gives.
-PARAMETERS = {"enwik8_xl_base": (41, 0.03), "enwik8_xl_large": (277, 0.03)}
+# In millions, as the papers have them, for the models that are the papers'. Not
+# wikitext103_xl_large: the paper says 257, and its authors' sizes make 285.
+PUBLISHED = {"enwik8_xl_base": 41, "enwik8_xl_large": 277, "wikitext103_xl_base": 151}
 VOCABULARY = {"wikitext103": 267_735, "pg19": 32_001}
 
 
@@ -38,9 +39,9 @@ def test_full_config_builds(name):
   vocab = VOCABULARY.get(config.data.name) or make_tokenizer("bytes").vocab
   model = build_model(config, vocab)
   shapes = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
-  millions = sum(math.prod(a.shape) for a in jax.tree.leaves(shapes)) / 1e6
-  published, tolerance = PARAMETERS.get(name, (millions, 0.1))
-  assert millions == pytest.approx(published, rel=tolerance)
+  if name in PUBLISHED:
+    millions = sum(math.prod(a.shape) for a in jax.tree.leaves(shapes)) / 1e6
+    assert millions == pytest.approx(PUBLISHED[name], rel=0.01)
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -49,13 +50,20 @@ def test_unknown_mode_is_refused(name):
     load(name).get_config("fast")
 
 
-QUICKLY = ("quickstart", "wikitext103_xl_large")
+# A new config runs in `make test` until it is named here: these take long to compile,
+# or are like one that is not.
+SLOW = {
+  "enwik8_compressive",
+  "enwik8_xl_base",
+  "enwik8_xl_large",
+  "pg19_compressive",
+  "wikitext103_compressive",
+  "wikitext103_xl_base",
+}
+assert {*SMOKE} > SLOW
 
 
-@pytest.mark.parametrize(
-  "name",
-  [n if n in QUICKLY else pytest.param(n, marks=pytest.mark.prove) for n in SMOKE],
-)
+@pytest.mark.parametrize("name", some(SMOKE, {*SMOKE} - SLOW))
 def test_smoke_runs(name, tmp_path):
   config = load(name).get_config("smoke")
   assert train(config, tmp_path).finished

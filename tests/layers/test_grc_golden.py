@@ -1,8 +1,5 @@
 """The gated encoder layer beside numbers from the authors' own code."""
 
-import json
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,10 +8,10 @@ import pytest
 from cached_tx.layers import GatedEncoderAttention
 from cached_tx.memory import GRCMemory, GRCState
 from cached_tx.types import Segment
-from tests.kinds import assert_close, jit, precision
+from tests.kinds import assert_close, jit, precision, some
+from tests.outside import golden
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "grc"
-TOLERANCE = {"float64": 1e-10, "float32": 5e-6}
+TOLERANCE = {"f64": 1e-10, "f32": 5e-6}
 
 # Errors are relative to each array's largest number.
 CASES = [
@@ -26,18 +23,6 @@ CASES = [
   "c_cache7_T17_f32",
   "c2_cache29_T17_f64",
 ]
-
-
-def read(name):
-  """The arrays of a case, and what it is."""
-  with np.load(GOLDEN / f"{name}.npz", allow_pickle=False) as file:
-    arrays = {key: file[key] for key in file.files}
-  return arrays, json.loads(str(arrays.pop("meta")))
-
-
-def below(arrays, prefix):
-  """Those under `prefix`, by the rest of their names."""
-  return {k[len(prefix) :]: v for k, v in arrays.items() if k.startswith(prefix)}
 
 
 def layer_of(meta, slots, dtype):
@@ -131,60 +116,77 @@ def runner(layer, training):
   return jit(run)
 
 
-QUICKLY = ("a_plain_cls1_f64", "c_cache7_T17_f32")
-# The authors' float32 is that far from their own float64 here: sums that nearly cancel.
+QUICKLY = ("a_plain_cls1_f32", "c_cache7_T17_f64")
+# Gradients by the queries to the memory are sums that nearly cancel. Measured, in this
+# order: 3.1e-5, 2.0e-5; 6.5e-6, 5.1e-5, 2.7e-5, 6.3e-6. The first two are the authors'
+# rounding alone: so far is their file from the same numbers in float64.
 ROUNDED = {
-  ("c_cache7_T17_f32", "grad_eval/w/attn_mem.q.bias"): 4e-5,
-  ("c_cache7_T17_f32", "grad_eval/w/attn_mem.q.weight"): 4e-5,
+  ("float64", "c_cache7_T17_f32", "grad_eval/w/attn_mem.q.bias"): 4e-5,
+  ("float64", "c_cache7_T17_f32", "grad_eval/w/attn_mem.q.weight"): 4e-5,
+  ("float32", "a_plain_cls1_f32", "grad/w/attn_mem.q.bias"): 2e-5,
+  ("float32", "c_cache7_T17_f32", "grad_eval/w/attn_mem.q.bias"): 1e-4,
+  ("float32", "c_cache7_T17_f32", "grad_eval/w/attn_mem.q.weight"): 6e-5,
+  ("float32", "c_cache7_T17_f32", "grad/w/attn_mem.q.bias"): 2e-5,
 }
 
 
-@pytest.mark.parametrize(
-  "name",
-  [n if n in QUICKLY else pytest.param(n, marks=pytest.mark.prove) for n in CASES],
-)
+@pytest.mark.parametrize("name", some(CASES, QUICKLY))
 def test_the_authors_layer(name):
-  golden, meta = read(name)
-  tolerance = TOLERANCE[golden["x_eval"].dtype.name]
-  wide = {k: np.float64(v) if v.dtype.kind == "f" else v for k, v in golden.items()}
+  """In the precision of their file."""
+  meta, arrays = golden(f"grc/{name}")
+  check(name, meta, arrays, arrays["x_eval"].dtype.name)
+
+
+@pytest.mark.prove
+@pytest.mark.parametrize("name", [name for name in CASES if name.endswith("f32")])
+def test_their_float32_beside_our_float64(name):
+  """What is left is their rounding alone."""
+  meta, arrays = golden(f"grc/{name}")
+  check(name, meta, arrays.wide(), "float64")
+
+
+def check(name, meta, arrays, dtype):
+  tolerance = TOLERANCE[name[-3:]]
 
   def close(got, key):
-    assert_close(got, wide[key], ROUNDED.get((name, key), tolerance))
+    assert_close(got, arrays[key], ROUNDED.get((dtype, name, key), tolerance))
 
-  with precision("float64"):
-    check(wide, meta, close)
+  with precision(dtype):
+    compare(meta, arrays, close, dtype)
+  assert not arrays.unread, arrays.unread
 
 
-def check(golden, meta, close):
-  layer = layer_of(meta, golden["cache/0"].shape[1], "float64")
-  weights, start = below(golden, "w/"), layer.initial_state()
-  if "cache/init" in golden:
-    start = GRCState(jnp.asarray(golden["cache/init"]), jnp.array([True]))
+def compare(meta, arrays, close, dtype):
+  """Looks at all that a file has, by `close`."""
+  layer = layer_of(meta, arrays["cache/0"].shape[1], dtype)
+  weights, start = arrays.below("w/"), layer.initial_state()
+  if "cache/init" in arrays:
+    start = GRCState(jnp.asarray(arrays["cache/init"]), jnp.array([True]))
   train, evaluate = runner(layer, True), runner(layer, False)
 
   def close_slopes(grads, key):
     of_weights, of_x = grads
     close(of_x, f"{key}/x")
-    assert of_weights.keys() == below(golden, f"{key}/w/").keys()
+    assert of_weights.keys() == arrays.below(f"{key}/w/").keys()
     for name, slope in of_weights.items():
       close(slope, f"{key}/w/{name}")
 
-  r = golden["grad_eval/r"]
-  y, state, _ = evaluate(weights, golden["x_eval"], start, r)
+  r = arrays["grad_eval/r"]
+  y, state, _ = evaluate(weights, arrays["x_eval"], start, r)
   close(y, "y_eval_fresh")
   jax.tree.map(np.testing.assert_array_equal, state, start)
   step, state = 0, start
-  while f"x/{step}" in golden:
-    r = golden["grad/r"]
-    y, state, grads = train(weights, golden[f"x/{step}"], state, r)
+  while f"x/{step}" in arrays:
+    r = arrays["grad/r"]
+    y, state, grads = train(weights, arrays[f"x/{step}"], state, r)
     close(y, f"y/{step}")
     close(state.cache, f"cache/{step}")
-    if step == golden["grad/step"]:
+    if step == arrays["grad/step"]:
       close_slopes(grads, "grad")
     step += 1
   assert step == 4
-  r = golden["grad_eval/r"]
-  y, after, grads = evaluate(weights, golden["x_eval"], state, r)
+  r = arrays["grad_eval/r"]
+  y, after, grads = evaluate(weights, arrays["x_eval"], state, r)
   close(y, "y_eval")
   close_slopes(grads, "grad_eval")
   jax.tree.map(np.testing.assert_array_equal, after, state)

@@ -1,5 +1,7 @@
 """What is masked is gone: no bit of it, not even of NaN, reaches an output."""
 
+import itertools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -11,7 +13,7 @@ from jax.sharding import PartitionSpec as Axes
 from cached_tx.layers import attention_for
 from cached_tx.testing import empty_places, poison_check
 from cached_tx.types import Segment
-from tests.kinds import MEMORIES, QUICK, C, D
+from tests.kinds import MEMORIES, QUICK, C, D, some
 
 LAYERS = {
   f"{kind}-{i}": (memory, own.positions)
@@ -27,12 +29,7 @@ SAMPLE = {
   ("grc-0", "left", 1),
   ("favor-0", "right", 8),
 }
-ALL = [
-  pytest.param(*own, marks=() if own in SAMPLE else pytest.mark.prove)
-  for layer in LAYERS
-  for layout in LAYOUTS
-  for own in ((layer, layout, 1), (layer, layout, 8))
-]
+ALL = some(itertools.product(LAYERS, LAYOUTS, (1, 8)), SAMPLE)
 
 
 def made(name):

@@ -5,12 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from cached_tx.convert.parts import attention
 from cached_tx.layers import Stream, attention_for
 from cached_tx.memory import XLMemory, XLState
 from cached_tx.ops.fifo import Fifo
 from cached_tx.types import Segment
-from tests.kinds import jit, precision
-from tests.official_xl import FOLDER, load, rows, torch_attention, worst, worst_of
+from tests.kinds import decoder, jit, precision
+from tests.official_xl import FOLDER, load, rows, worst, worst_of
+from tests.outside import norm
 
 FILES = [
   "a_rel_attn_postln_mem7",
@@ -19,15 +21,11 @@ FILES = [
 ]
 
 
-def norm(x, scale, bias):
-  x = x - x.mean(axis=-1, keepdims=True)
-  x = x / jnp.sqrt((x * x).mean(axis=-1, keepdims=True) + 1e-5)
-  return x * scale[None, None] + bias[None, None]
-
-
 def split(arrays, prefix, heads):
   """Parameters of the layer and of the norm after it, or gradients by them."""
-  own = torch_attention(arrays, prefix, heads)
+  get = lambda name: arrays[f"{prefix}{name}_net.weight"].T
+  model = decoder("none", width=len(get("qkv")), heads=heads)
+  own = attention(model, get("qkv"), get("r"), get("o"))
   own["content_bias"] = arrays[prefix + "r_w_bias"]
   own["distance_bias"] = arrays[prefix + "r_r_bias"]
   return own, (arrays[f"{prefix}layer_norm.weight"], arrays[f"{prefix}layer_norm.bias"])

@@ -24,6 +24,7 @@ from tests.kinds import (
   jit,
   parallel,
   precision,
+  some,
   streamed,
   text,
   toy,
@@ -36,9 +37,6 @@ PLACES = 15  # of a row with holes, T of them real
 
 def typed(tree):
   return jax.tree.map(lambda a: (a.shape, a.dtype), tree)
-
-
-LONG = pytest.mark.prove
 
 
 @EACH
@@ -133,18 +131,21 @@ def test_favor_alone_takes_any_number_of_tokens():
 
 
 def holes(seed, length=PLACES):
-  """Rows of T real tokens in `length` places: gaps, then left and right padding."""
+  """Rows of T real tokens in `length` places: one with gaps, one with padding.
+
+  The padding of seed 0 is on both sides, of 2 on the left, of 3 on the right.
+  """
   rng = np.random.default_rng(seed)
   valid = np.zeros((B, length), bool)
   for row in range(B):
     where = rng.choice(length, T, replace=False)
-    where = {0: where, 1: np.arange(T) + (length - T) * (seed % 2)}[row]
+    where = {0: where, 1: np.arange(T) + (seed + 1) % (length - T + 1)}[row]
     valid[row, where] = True
   return valid
 
 
 @EACH
-@pytest.mark.parametrize("seed", [0, *(pytest.param(i, marks=LONG) for i in (1, 2))])
+@pytest.mark.parametrize("seed", some([0, 2, 3], [0]))
 def test_a_padded_token_does_not_exist(kind, seed):
   check_holes(kind, [5, 5, 5], seed)
 
@@ -174,16 +175,14 @@ def check_holes(kind, pieces, seed):
     assert_close(sums, jax.tree.map(np.asarray, losses), 1e-13)
 
 
+# Before phase 5, a segment of the other document reaches the memory; before the others
+# none does.
+PHASES = [(5, [1, 3, 3]), (1, [5, 5, 1]), (2, [5, 5])]
+
+
 # Worst error measured on CPU, relative to the largest number: 9e-16.
 @EACH
-@pytest.mark.parametrize(
-  "phase,pieces",
-  [
-    (1, [5, 5, 1]),
-    pytest.param(2, [5, 5], marks=LONG),
-    pytest.param(5, [1, 3, 3], marks=LONG),
-  ],
-)
+@pytest.mark.parametrize("phase,pieces", some(PHASES, PHASES[:1]))
 def test_a_document_equals_a_stream_of_its_own(kind, phase, pieces):
   """At the same phase of the clock, whatever was there before it."""
   tokens, starts = text(4)

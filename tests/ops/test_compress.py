@@ -1,7 +1,5 @@
 """Compression functions and losses, beside numbers from outside and plain loops."""
 
-from pathlib import Path
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -24,13 +22,9 @@ from cached_tx.ops.compress import (
 )
 from cached_tx.ops.fifo import Fifo
 from tests.kinds import jit, precision
+from tests.outside import golden
 
-GOLDEN = Path(__file__).parents[1] / "golden"
 RATES = pytest.mark.parametrize("rate", [2, 3, 4])
-
-
-def golden(name):
-  return np.load(GOLDEN / f"{name}.npz", allow_pickle=False)
 
 
 def whole(x):
@@ -48,7 +42,7 @@ def close(got, want):
 @RATES
 @pytest.mark.parametrize("kind", ["max", "mean", "conv"])
 def test_neighbours(kind, rate):
-  own = golden("d_compression_functions")
+  _, own = golden("d_compression_functions")
   with precision("float64"):
     module = compressor(kind, Reach(rate, rate))
     params, want = (
@@ -64,7 +58,7 @@ def test_neighbours(kind, rate):
 
 @RATES
 def test_the_gradient_of_a_convolution(rate):
-  own = golden("d_compression_functions")
+  _, own = golden("d_compression_functions")
   with precision("float64"):
     module = compressor("conv", Reach(rate, rate))
 
@@ -77,7 +71,7 @@ def test_the_gradient_of_a_convolution(rate):
 
 
 def test_the_newest_of_a_remainder_has_no_slot():
-  own = golden("d_compression_functions")
+  _, own = golden("d_compression_functions")
   with precision("float64"):
     block = whole(own["x11"])
     close(max_pool(block.tokens, block.valid, 3), own["remainder/max_c3_floor"])
@@ -91,7 +85,7 @@ def test_the_newest_of_a_remainder_has_no_slot():
 @pytest.mark.parametrize("padding", ["valid", "causal"])
 @pytest.mark.parametrize("dilations", [(1, 2), (1, 2, 4)])
 def test_dilated_convolutions(dilations, padding):
-  own = golden("d_compression_functions")
+  _, own = golden("d_compression_functions")
   name = "dilated/rates" + "_".join(map(str, dilations))
   with precision("float64"):
     memory = CompressiveMemory(4, 4, 3, "dilated", dilations=dilations, padding=padding)
@@ -110,7 +104,7 @@ def test_dilated_convolutions(dilations, padding):
 @RATES
 @pytest.mark.parametrize("order", ["time", "usage"])
 def test_most_used(order, rate):
-  own = golden("d_compression_functions")
+  _, own = golden("d_compression_functions")
   n_cm, _, _, block = (int(n) for n in own["most_used/sizes_ncm_nm_ns_block"])
   usage = own["most_used/attn_weights"].mean(axis=(1, 2))[:, n_cm : n_cm + block]
   np.testing.assert_allclose(usage, own["most_used/usage_block"], atol=1e-16)
@@ -122,7 +116,7 @@ def test_most_used(order, rate):
 
 
 def test_of_equally_used_tokens_the_oldest_are_kept():
-  own = golden("d_compression_functions")
+  _, own = golden("d_compression_functions")
   usage = own["most_used/tie_usage"]
   got = most_used(jnp.asarray(usage), jnp.ones(usage.shape, bool), 3)
   np.testing.assert_array_equal(got, own["most_used/tie_c4_idx_temporal"])
@@ -136,7 +130,7 @@ def test_a_token_that_is_not_valid_is_not_used():
 
 
 def test_usage_over_a_life_is_the_mean_of_the_segments_that_found_the_token():
-  own = golden("d_compression_functions")
+  _, own = golden("d_compression_functions")
   first, second = (own[f"most_used/life/P_step{i}"].mean(axis=(1, 2)) for i in (1, 2))
   with precision("float64"):
     memory = CompressiveMemory(8, 1, 2, "most_used", "none", usage="life")
@@ -261,7 +255,7 @@ OF_ROWS = {
 @pytest.mark.parametrize("kind", ["attn/unscaled", "attn/scaled", "ae"])
 def test_losses(kind, norm, layer):
   """Beside the paper's and the authors' norms; gradients to the compressor alone."""
-  own = golden("d_losses")
+  _, own = golden("d_losses")
   used, reduce = OF_ROWS[norm]
   module = Losses(Comparison(used, scaled=kind != "attn/unscaled"))
   method = "autoencoding" if kind == "ae" else "attention"
@@ -288,7 +282,7 @@ def test_losses(kind, norm, layer):
 
 
 def test_the_losses_of_both_layers_are_summed():
-  own = golden("d_losses")
+  _, own = golden("d_losses")
   module = Losses(Comparison())
   with precision("float64"):
     rows = [
@@ -306,7 +300,7 @@ def test_the_losses_of_both_layers_are_summed():
 
 @pytest.mark.parametrize("name", ["even", "ragged"])
 def test_buckets(name):
-  own = golden("d_fifo_and_buckets")
+  _, own = golden("d_fifo_and_buckets")
   sizes = tuple(int(n) for n in own[f"buckets_{name}/sizes_ncm_nm_ns"])
   with precision("float64"):
     weights = jnp.asarray(own[f"buckets_{name}/weights"])

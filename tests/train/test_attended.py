@@ -1,7 +1,5 @@
 """What layers tell of their attention, beside loops over tokens in float64."""
 
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -24,9 +22,9 @@ from cached_tx.train.sharding import unboxed
 from cached_tx.train.state import init_params
 from cached_tx.types import Segment
 from tests.kinds import decoder, jit, parameters, precision, toy
+from tests.outside import golden
 from tests.reference import attention as reference
 
-GOLDEN = Path(__file__).parents[1] / "golden"
 C, V, D, B, T = 6, 11, 8, 2, 36  # six segments
 
 
@@ -180,7 +178,7 @@ def test_buckets_of_a_model_by_hand(kind):
 
 @pytest.mark.parametrize("name", ["even", "ragged"])
 def test_the_authors_buckets(name):
-  own = np.load(GOLDEN / "d_fifo_and_buckets.npz", allow_pickle=False)
+  _, own = golden("d_fifo_and_buckets")
   sizes = [int(n) for n in own[f"buckets_{name}/sizes_ncm_nm_ns"]]
   regions = tuple(zip(("compressed", "memory", "sequence"), sizes, strict=True))
   group = Group("compressive", regions, (0,), (0,))
