@@ -47,6 +47,8 @@ def describe() -> dict[str, Any]:
     "commit": commit(),
     "program": program(),
     "device": jax.devices()[0].device_kind,
+    "devices": jax.device_count(),
+    "glibc_tunables": os.environ.get("GLIBC_TUNABLES", ""),
     "processor": model,
     "cores": os.cpu_count(),
     "python": platform.python_version(),

@@ -46,6 +46,12 @@ class Runner:
       self._state, _, self._step = prepare(experiment)
     self._number = 0
 
+  def compiled_text(self) -> str:
+    """The step as XLA compiled it."""
+    with sharding.on(self.experiment.mesh):
+      batch = self._feed(self._stream.batch(self._number))
+      return self._step.lower(self._state, batch).compile().as_text()
+
   def seconds(self, steps: int) -> float:
     """Of so many steps; the first call compiles."""
     with sharding.on(self.experiment.mesh):

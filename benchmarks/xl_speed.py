@@ -3,6 +3,12 @@
 python -m benchmarks.xl_speed                  all cases, in turn, prints a table
 python -m benchmarks.xl_speed --cases A,B      some of them
 
+On a CPU with glibc two settings that are none of the program's make a step faster: a
+device for each core, and large pages, for fresh memory of a step costs a fault a page:
+
+GLIBC_TUNABLES=glibc.malloc.hugetlb=1 JAX_NUM_CPU_DEVICES=2 \\
+    python -m benchmarks.xl_speed
+
 A step is forward, backward, clipping and Adam in float32, dropout 0.1. A case's time is
 compared with a product of 2048 x 2048 matrices in the same round, since machines that
 are shared change their speed. The authors' PyTorch code is not run here: it was
@@ -105,6 +111,12 @@ def _speed(record: dict[str, Any]) -> float:
   return record["tokens_per_second"]
 
 
+def _flops(found: list[dict[str, Any]], name: str) -> float:
+  """GFLOP per token of a case."""
+  own = next(r for r in found if r["case"] == name)
+  return own["step_gflops"] / own["tokens_per_second"]
+
+
 def table(found: list[dict[str, Any]]) -> str:
   """Markdown: medians over rounds."""
 
@@ -126,7 +138,8 @@ def table(found: list[dict[str, Any]]) -> str:
     others = {r["round"]: _speed(r) for r in found if r["case"] == case.beside}
     if others:
       ratio = median(name, lambda r, o=others: o[r["round"]] / _speed(r))
-      beside = f"{ratio:.2f} x {case.beside}"
+      more = _flops(found, name) / _flops(found, case.beside)
+      beside = f"{ratio:.2f} x {case.beside}, FLOPs {more:.2f} x"
     rows.append(
       f"| {name} | {median(name, _speed):,.0f} "
       f"| {median(name, lambda r: r['step_gflops']):.0f} "
