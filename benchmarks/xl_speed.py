@@ -1,4 +1,4 @@
-"""How fast a training step of Transformer-XL is, and what other memories add to it.
+r"""How fast a training step of Transformer-XL is, and what other memories add to it.
 
 python -m benchmarks.xl_speed                  all cases, in turn, prints a table
 python -m benchmarks.xl_speed --cases A,B      some of them

@@ -239,8 +239,10 @@ def _cases(probe: _Probe, causal: bool) -> Iterator[_Case]:
       memory = _at_rows(probe, own) if number else None
       place = _Place("other documents of its row", mine & ~inside, memory, False)
       last = own & (number == numbers[-1])
+      # A row's losses are sums over its documents: of one alone if it has no other.
+      losses = own if len(numbers) == 1 else nobody
       who = f"document {number} of row {row}"
-      yield _Case(who, inside, last, nobody, (place,))
+      yield _Case(who, inside, last, losses, (place,))
   if not causal:
     return
   for cut in np.unique(np.linspace(0, length - 2, _CUTS).astype(int)):

@@ -75,16 +75,18 @@ def toy(leak=""):
       jnp.ones_like(after.valid),
     )
     loss = total[::-1] if leak == "loss" else total
+    if leak == "older loss":
+      loss = loss + slots.sum(axis=(1, 2))
     return y, after, {"size": loss}
 
   return apply_fn
 
 
-def check(apply_fn, **options):
+def check(apply_fn, *, begun=((0, 2),), **options):
   rng = np.random.default_rng(0)
   make = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
   state = Kept(make(B, M, D), jnp.asarray([[True, True, False], [False, True, True]]))
-  starts = jnp.zeros((B, L), bool).at[0, 2].set(True)
+  starts = jnp.zeros((B, L), bool).at[tuple(zip(*begun, strict=True))].set(True)
   valid = jnp.ones((B, L), bool).at[1, 1].set(False)
   args = ({"w": make(D, D)}, make(B, L, D), state, Segment(starts, valid))
   poison_check(apply_fn, *args, empty=empty, **options)
@@ -115,6 +117,13 @@ def test_a_right_layer_passes():
 def test_every_leak_is_caught_and_named(leak, said):
   with pytest.raises(AssertionError, match=said):
     check(toy(leak))
+
+
+def test_the_auxiliary_loss_of_a_row_with_one_new_document_is_its_own():
+  begun = ((0, 2), (1, 0))
+  check(toy(), begun=begun)
+  with pytest.raises(AssertionError, match=r"loss .*of document 1 of row 1 changed"):
+    check(toy("older loss"), begun=begun)
 
 
 def with_stopped_gradients(leak):
