@@ -20,7 +20,7 @@ from typing import Any
 import jax
 
 from benchmarks.machine import ROOT, describe, program
-from benchmarks.records import RESULTS, append, measured_by
+from benchmarks.records import RESULTS, alike, append, measured_by
 from benchmarks.timing import Runner, matmul_rate
 from cached_tx.evaluate import measured
 from cached_tx.inspect.flops import training_flops
@@ -107,7 +107,7 @@ def speed(repeats: int, steps: int) -> None:
 def table() -> str:
   """Markdown: mean and spread over seeds."""
   done = measured_by("memories.jsonl", None)
-  rates = measured_by("speed.jsonl", None)
+  rates = alike(measured_by("speed.jsonl", None))
   rows = [
     "| memory | bits per byte | memory ablated | parameters "
     "| training MFLOP per token | tokens/s | state per row |",

@@ -20,6 +20,12 @@ def measured_by(name: str, which: str | None) -> list[dict[str, Any]]:
   return [r for r in found if r["program"] == (which or found[-1]["program"])]
 
 
+def alike(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+  """Those measured with the settings of the last: devices, and how memory is paged."""
+  settings = lambda r: (r.get("devices", 1), r.get("glibc_tunables", ""))
+  return [r for r in found if settings(r) == settings(found[-1])]
+
+
 def append(path: Path, record: dict[str, Any]) -> None:
   """Adds a line."""
   path.parent.mkdir(parents=True, exist_ok=True)

@@ -6,7 +6,7 @@ python -m benchmarks.xl_speed --cases A,B      some of them
 On a CPU with glibc two settings that are none of the program's make a step faster: a
 device for each core, and large pages, for fresh memory of a step costs a fault a page:
 
-GLIBC_TUNABLES=glibc.malloc.hugetlb=1 JAX_NUM_CPU_DEVICES=2 \\
+GLIBC_TUNABLES=glibc.malloc.hugetlb=1 JAX_NUM_CPU_DEVICES=2 \
     python -m benchmarks.xl_speed
 
 A step is forward, backward, clipping and Adam in float32, dropout 0.1. A case's time is

@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from types import UnionType
 from typing import Any, get_args, get_origin
 
+import numpy as np
+
 _RULES: dict[Any, str] = {
   bool: "True or False (with --set: true or false)",
   int: "a whole number",
@@ -59,6 +61,8 @@ def _as(value: Any, kind: Any) -> Any:
   Raises:
     TypeError: it is of another.
   """
+  if isinstance(value, np.generic):
+    value = value.item()
   if isinstance(kind, UnionType):
     for one in get_args(kind):
       try:

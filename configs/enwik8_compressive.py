@@ -9,9 +9,9 @@ Rae et al., 2019, arXiv:1911.05507: 24 layers, 0.97 bits per character on the te
 split with 3,072 compressed slots (1,152 in training), convolution and attention
 reconstruction, c = 3; Adam, warm-up of 4,000 steps to 3e-4, cosine over 100,000 to
 1e-6, clip 0.1, gradients of 4 steps to an update after 60,000 steps. Batch and dropout
-are not in the paper: these are choices. Differs: the cosine counts updates, and so ends
-with step 104,000 (the paper does not say which it counts); positions count slots,
-compressed ones included.
+are not in the paper: these are choices. Differs: the schedule counts updates (the
+paper does not say what it counts), so that 104,000 of them take 236,000 steps;
+positions count slots, compressed ones included.
 
 Result: not run; :smoke is run by the tests.
 """
@@ -22,7 +22,7 @@ from ml_collections import ConfigDict
 def get_config(mode="full"):
   c = ConfigDict()
   c.seed = 0
-  c.steps = 104_000
+  c.steps = 236_000
   c.batch = 64  # rows over all devices
   c.segment = 768  # tokens between two updates of the memory
   c.segments = 1  # per step

@@ -137,7 +137,9 @@ class Vocabulary(nn.Module):
   def embed(self, tokens: Tokens) -> Hidden:
     """The embeddings of ids below V."""
     rows = jnp.asarray(self.embedding, self.dtype)
-    return jnp.take(rows, tokens, axis=0) * _scale(self.width, self.dtype)
+    return jnp.take(rows, _known(tokens, self.vocab), axis=0) * _scale(
+      self.width, self.dtype
+    )
 
   def logits(self, x: Hidden) -> Logits:
     """The logits of all ids."""
@@ -227,10 +229,11 @@ class AdaptiveVocabulary(nn.Module):
 
   def embed(self, tokens: Tokens) -> Hidden:
     """The embeddings of ids below V."""
+    tokens = _known(tokens, self.vocab)
     total, begin = jnp.zeros((*tokens.shape, self.width), self.dtype), 0
     for table, projection in zip(self.tables, self.projections, strict=True):
       own, last = tokens - begin, begin + table.rows == self.vocab
-      # The last table gets the ids beyond it too: NaN, as of one table, and no silence.
+      # The last table gets the ids beyond it too: NaN, and no silence.
       inside = (own >= 0) & ((own < table.rows) | last)
       rows = jnp.asarray(table.embedding, self.dtype)
       x = jnp.take(rows, jnp.where(inside, own, 0), axis=0)
@@ -290,6 +293,11 @@ def vocabulary_for(
   if choices is None:
     return Vocabulary(vocab, width, bias, dtype)
   return AdaptiveVocabulary(vocab, width, bias, dtype, choices)
+
+
+def _known(tokens: Tokens, vocab: int) -> Tokens:
+  """The ids; those below 0, which would count from the end, as an unknown one."""
+  return jnp.where(tokens < 0, vocab, tokens)
 
 
 def _rows(module: nn.Module, count: int, channels: int) -> Any:

@@ -45,25 +45,25 @@ KINDS: dict[str, type[MemoryModule]] = {
 }
 
 
-def build_memory(kind: str, **options: Any) -> MemoryModule:
-  """Makes a memory of a kind of the table.
+def build_memory(kind: str, *, section: str = "memory", **options: Any) -> MemoryModule:
+  """Makes a memory of a kind of the table; `section` is that of the config.
 
   Raises:
     ValueError: for an unknown kind, or an option that the kind does not have, or that
       is of another type.
   """
   if kind not in KINDS:
-    raise ValueError(f"memory.kind is {kind!r}; one of {', '.join(KINDS)}")
+    raise ValueError(f"{section}.kind is {kind!r}; one of {', '.join(KINDS)}")
   fields = {field.name: field.type for field in dataclasses.fields(KINDS[kind])}
   known = [name for name in fields if name not in ("parent", "name")]
   unknown = sorted(set(options) - set(known))
   if unknown:
     raise ValueError(
-      f"memory.{unknown[0]} is {options[unknown[0]]!r}, but the kind {kind!r} has no "
-      f"such option; it has: {', '.join(known) or 'none'}. Another kind needs a "
+      f"{section}.{unknown[0]} is {options[unknown[0]]!r}, but the kind {kind!r} has "
+      f"no such option; it has: {', '.join(known) or 'none'}. Another kind needs a "
       "section memory of its own: see configs/compare.py"
     )
-  return KINDS[kind](**typed("memory.", options, fields))
+  return KINDS[kind](**typed(f"{section}.", options, fields))
 
 
 def kind_of(memory: MemoryModule) -> str:

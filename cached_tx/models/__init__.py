@@ -61,25 +61,25 @@ def _vocabulary(section: Any) -> Adaptive:
 
 def _memories(memory: dict, pattern: tuple[str, ...], dtype: str) -> tuple:
   if not pattern:
-    return (_memory(memory, dtype),)
+    return (_memory(memory, dtype, "memory"),)
   for name in pattern:
     if name not in memory:
       raise ValueError(
         f"model.pattern names {name!r}, but memory has only {sorted(memory)}"
       )
-  return tuple(_memory(dict(memory[name]), dtype) for name in pattern)
+  return tuple(_memory(dict(memory[name]), dtype, f"memory.{name}") for name in pattern)
 
 
-def _memory(options: dict, dtype: str) -> MemoryModule:
+def _memory(options: dict, dtype: str, section: str) -> MemoryModule:
   if "kind" not in options:
     raise ValueError(
-      f"memory has no key 'kind' but {sorted(options)}; give one, or name the "
+      f"{section} has no key 'kind' but {sorted(options)}; give one, or name the "
       "memories of a period in model.pattern"
     )
   if "dtype" in options:
     raise ValueError(
-      f"memory.dtype is {options['dtype']!r}, but memories compute in the dtype of the "
-      "model: drop the key, or change model.dtype"
+      f"{section}.dtype is {options['dtype']!r}, but memories compute in the dtype of "
+      "the model: drop the key, or change model.dtype"
     )
-  memory = build_memory(**options)
+  memory = build_memory(**options, section=section)
   return memory.clone(dtype=dtype) if hasattr(memory, "dtype") else memory

@@ -1,5 +1,8 @@
 """Positions as functions of distance: rotary angles and Transformer-XL's terms."""
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -85,7 +88,7 @@ def distance_scores(
   return jnp.take_along_axis(scores, column, axis=3)
 
 
-@jax.custom_vjp
+@jax.custom_jvp
 def by_key(scores: Float[Array, "*batch Q S"]) -> Float[Array, "*batch Q S"]:
   """Turns scores by distance into scores by key, for queries at the last Q places.
 
@@ -123,10 +126,18 @@ def flattened(slopes: Float[Array, "*batch Q S"]) -> Float[Array, "*batch Q S"]:
   return flat.reshape(*batch, Q, S + Q)[..., :S]
 
 
-# On a CPU slices are copies of rows, and a fifth of an attention's time is saved.
-by_key.defvjp(
-  lambda scores: (by_key(scores), None),
-  lambda _, slopes: (
-    jax.lax.platform_dependent(slopes, cpu=sliced, default=flattened),
-  ),
-)
+@by_key.defjvp
+def _tangent(primals: Any, tangents: Any) -> tuple[Array, Array]:
+  """The tangent, which moves as the scores do, written so that gradients take a way.
+
+  On a CPU slices are copies of rows, and a fifth of an attention's time is saved.
+  """
+  (scores,), (tangent,) = primals, tangents
+
+  def turned(way: Callable[[Array], Array]) -> Callable[[Array], Array]:
+    return lambda t: jax.linear_transpose(way, t)(t)[0]
+
+  moved = jax.lax.platform_dependent(
+    tangent, cpu=turned(sliced), default=turned(flattened)
+  )
+  return by_key(jnp.asarray(scores)), moved

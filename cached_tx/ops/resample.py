@@ -1,5 +1,7 @@
 """Shorter rows of tokens from longer ones."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Shaped
@@ -31,29 +33,20 @@ def nearest_valid(x: Hidden, valid: Mask, slots: int) -> Float[Array, "B M D"]:
   return _taken(x, jnp.take_along_axis(order, places, axis=1))
 
 
-@jax.custom_vjp
+@jax.custom_jvp
 def _taken(x: Hidden, places: Int[Array, "B M"]) -> Float[Array, "B M D"]:
   """The tokens at these places of each row."""
   return jnp.take_along_axis(x, places[..., None], axis=1)
 
 
-def _given_back(
-  rest: tuple[Int[Array, "B M"], Int[Array, "L"]], slopes: Float[Array, "B M D"]
-) -> tuple[Hidden, None]:
-  """The gradient, as a product: a scatter is a loop on a CPU, and slow on a TPU."""
-  places, tokens = rest
-  one = (places[:, None] == tokens[None, :, None]).astype(slopes.dtype)  # B L M
-  product = jnp.einsum("blm,bmd->bld", one, slopes, precision=jax.lax.Precision.HIGHEST)
-  return product, None
-
-
-_taken.defvjp(
-  lambda x, places: (
-    _taken(x, places),
-    (places, jnp.arange(x.shape[1], dtype=places.dtype)),
-  ),
-  _given_back,
-)
+@_taken.defjvp
+def _tangent(primals: Any, tangents: Any) -> tuple[Array, Array]:
+  """As a product, whose transpose is one: a scatter is a loop on a CPU."""
+  (x, places), (tangent, _) = primals, tangents
+  tokens = jnp.arange(x.shape[1], dtype=places.dtype)
+  one = (places[:, None] == tokens[None, :, None]).astype(x.dtype)  # B L M
+  moved = jnp.einsum("blm,bld->bmd", one, tangent, precision=jax.lax.Precision.HIGHEST)
+  return _taken(x, places), moved
 
 
 def blocks(x: Shaped[Array, "B L D"], rate: int) -> Shaped[Array, "B M rate D"]:

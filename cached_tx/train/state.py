@@ -135,8 +135,16 @@ def plan(
 
 
 def init_state(
-  model: DecoderLM, optimizer: optax.GradientTransformation, **options: Any
+  model: DecoderLM,
+  optimizer: optax.GradientTransformation,
+  *,
+  seed: int,
+  batch: int,
+  ema: float,
+  mesh: sharding.AnyMesh,
 ) -> tuple[TrainState, TrainState]:
   """A state at step 0, born sharded, and its shardings; arguments as of `plan`."""
-  make, _, shardings = plan(model, optimizer, **options)
+  make, _, shardings = plan(
+    model, optimizer, seed=seed, batch=batch, ema=ema, mesh=mesh
+  )
   return jax.jit(make, out_shardings=shardings)(), shardings

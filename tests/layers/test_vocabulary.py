@@ -142,6 +142,15 @@ def test_gradients_equal_differences_of_plain_loops(choices):
       assert gap < 1e-8 * np.abs(slope).max(), (path, at)
 
 
+@pytest.mark.parametrize("choices", [None, CHOICES["divided, all projected"]])
+def test_ids_that_do_not_exist_are_not_silent(choices):
+  with precision("float64"):
+    params, apply = words(choices)
+    tokens = jnp.array([[-1, 0, V - 1, V]])
+    found = np.asarray(apply(params, tokens, jnp.zeros((1, 1, D)))[0])
+  assert np.isnan(found[0, [0, 3]]).all() and np.isfinite(found[0, 1:3]).all()
+
+
 @pytest.mark.parametrize("name", ["divided, all projected", "nothing tied"])
 def test_every_parameter_has_a_gradient(name):
   tokens = jnp.arange(V)[None]

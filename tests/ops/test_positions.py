@@ -33,6 +33,8 @@ def test_by_key_is_a_gather_without_wrapped_entries(queries, memory):
     slopes = np.random.default_rng(1).normal(size=scores.shape)
     (back,) = jax.vjp(jax.jit(by_key), scores)[1](jnp.asarray(slopes))
     ways = [jax.jit(way)(slopes) for way in (sliced, flattened)]
+    moved = jax.jvp(by_key, (scores,), (jnp.asarray(slopes),))[1]  # forward mode too
+    np.testing.assert_array_equal(moved, by_key(jnp.asarray(slopes)))
   np.testing.assert_array_equal(got, want)
   wanted = np.zeros_like(scores)
   for i in range(queries):

@@ -40,6 +40,8 @@ def test_a_token_gets_the_gradient_of_every_slot_that_holds_it():
     for i in range(7):
       want[row, first[row] + i * length[row] // 7] += slopes[row, i]
   np.testing.assert_allclose(got, want, rtol=1e-6)
+  moved = jax.jvp(lambda x: nearest(x, first, length, 7), (x,), (2 * x,))[1]
+  np.testing.assert_allclose(moved, 2 * nearest(x, first, length, 7), rtol=1e-6)
 
 
 def test_valid_tokens_alone_are_read():

@@ -3,6 +3,7 @@
 import json
 import re
 
+import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
@@ -64,6 +65,23 @@ def test_an_option_of_another_type_is_refused(change, message):
     config.memory = ConfigDict({"kind": "compressive"})
   with pytest.raises(ValueError, match=re.escape(message)):
     build_model(overridden(config, [change]), 257)
+
+
+def test_a_section_of_a_pattern_is_named():
+  config = quickstart()
+  with config.unlocked():
+    config.memory = ConfigDict({"a": {"kind": "xl"}, "b": {"kind": "none"}})
+    config.model.pattern = ("a", "b")
+  for key, value in (("clamp", "far"), ("foo", 1)):
+    with config.unlocked():
+      config.memory.a = ConfigDict({"kind": "xl", key: value})
+    with pytest.raises(ValueError, match=rf"memory\.a\.{key} is {value!r}"):
+      build_model(config, 257)
+
+
+def test_numbers_of_numpy_are_numbers():
+  assert build_memory("xl", size=np.int64(4)).size == 4
+  assert build_memory("grc", ratio=np.float32(0.5)).ratio == 0.5
 
 
 def test_options_of_the_right_type_are_taken():
