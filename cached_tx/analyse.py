@@ -52,7 +52,14 @@ def analyse(
     ValueError: an argument out of its range, a change that does not fit, no layer that
       gives weights to keys, or no segment that counts.
   """
-  own = opened(workdir, changes=changes, rows=rows, step=step)
+  own = opened(
+    workdir,
+    changes=changes,
+    rows=rows,
+    segments=segments,
+    step=step,
+    check=lambda experiment, _: groups(experiment.model),
+  )
   reads: Any = dict(split=split, rows=own.rows, segments=segments)
   found = {**own.about, **measured(own.experiment, own.params, full=full, **reads)}
   title = f"{_text(found)}\n{_checkpoint(found)}; {_counted(found)}"

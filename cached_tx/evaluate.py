@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -49,7 +49,14 @@ def evaluate(
     FileNotFoundError: nothing was trained in `workdir`.
     ValueError: an argument out of its range, or a change that does not fit.
   """
-  own = opened(workdir, changes=changes, rows=rows, step=step)
+  own = opened(
+    workdir,
+    changes=changes,
+    rows=rows,
+    segments=segments,
+    step=step,
+    check=lambda _, rows: check_memory(memory, rows),
+  )
   reads: Any = dict(split=split, rows=own.rows, segments=segments, ordered=ordered)
   found = measured(own.experiment, own.params, memory=memory, **reads)
   return {**own.about, **found}
@@ -76,13 +83,21 @@ def opened(
   *,
   changes: Sequence[str] = (),
   rows: int = 0,
+  segments: int = 0,
   step: int | None = None,
+  check: Callable[[Experiment, int], Any] = lambda experiment, rows: None,
 ) -> Opened:
-  """Restores a checkpoint; arguments and errors as of `evaluate`."""
+  """Restores a checkpoint; arguments and errors as of `evaluate`.
+
+  `check` gets the experiment and the rows before anything large is read.
+  """
   given = Experiment.of(workdir, changes=changes)
   rows = rows or given.config.eval.batch
-  if rows < 1:
-    raise ValueError(f"rows={rows}: 1 or more, or 0 for eval.batch")
+  if rows < 1 or segments < 0:
+    raise ValueError(
+      f"rows={rows}, segments={segments}: 1 or more, and 0 (all) or more"
+    )
+  check(given, rows)
   experiment = Experiment(given.config, usable_mesh(given, rows))
   params, step = experiment.restore_params(workdir, step)
   about = {"workdir": os.fspath(workdir), "step": step, "set": [*changes]}

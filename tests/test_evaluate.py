@@ -89,10 +89,19 @@ def test_the_mesh_fits_the_rows(rows, devices):
   assert usable_mesh(Experiment.of(workdir()), rows).size == devices
 
 
-def test_an_unknown_memory_is_told_before_the_text_is_read(monkeypatch):
-  monkeypatch.setattr("cached_tx.evaluate.tokenize", lambda *_: pytest.fail("read"))
-  with pytest.raises(ValueError, match="memory='lost' is unknown"):
-    evaluate(workdir(), memory=["kept", "lost"])
+@pytest.mark.parametrize(
+  "options,said",
+  [
+    ({"memory": ["kept", "lost"]}, "memory='lost' is unknown"),
+    ({"segments": -1}, "segments=-1"),
+  ],
+)
+def test_what_is_wrong_is_told_before_anything_is_read(monkeypatch, options, said):
+  never = lambda *_: pytest.fail("read")
+  monkeypatch.setattr("cached_tx.evaluate.tokenize", never)
+  monkeypatch.setattr(Experiment, "restore_params", never)
+  with pytest.raises(ValueError, match=said):
+    evaluate(workdir(), **options)
 
 
 @pytest.mark.parametrize(

@@ -182,10 +182,14 @@ def test_rows_that_training_would_refuse():
 def test_the_train_state_is_that_of_training():
   experiment = Experiment(tiny())
   assert experiment.config.optimizer.muon > 0
-  state, _ = train_state(experiment, experiment.mesh)
+  state, places = train_state(experiment, experiment.mesh)
   with sharding.on(experiment.mesh):
-    made = jax.eval_shape(lambda: prepare(experiment)[0])
-  same = jax.tree.map(
-    lambda a, b: (a.shape, a.dtype) == (b.shape, b.dtype), state, made
-  )
-  assert all(jax.tree.leaves(same))
+    made = prepare(experiment)[0]
+
+  def same(said, place, own):
+    assert (said.shape, said.dtype) == (own.shape, own.dtype)
+    assert own.sharding.is_equivalent_to(place, own.ndim)
+
+  jax.tree.map(same, state, places, made)
+  rows = {leaf.shape[1] for leaf in jax.tree.leaves(made.memory)}
+  assert rows == {experiment.config.batch}

@@ -2,9 +2,10 @@
 
 A module with a clock offers three methods:
 
-  read(queries, index, tokens, starts, memory, deterministic, *shared) -> arrays, B Q
+  read(queries, index, tokens, starts, memory, deterministic) -> arrays, B Q
     first: what the queries, standing at `index` among the C tokens of their segment,
-    find in the memory and in the tokens up to their own. None: all C, in order;
+    find in the memory and in the tokens up to their own. None: all C, in order. Where
+    `run` is given more to share, it follows;
   fold(tokens, starts, memory) -> (memory, losses)
     the memory after the whole segment;
   empty(batch) -> memory
