@@ -201,7 +201,7 @@ def text(found: dict[str, Any]) -> str:
   kinds = ["running sums" if s is None else f"{s}" for s in found["attended_slots"]]
   part = "whole split" if found["whole"] else "beginning of every row only"
   if found["ordered"]:
-    part += " as one text in equal lanes, its tail dropped"
+    part += ", as one text in equal lanes, its tail dropped"
   lines = [
     f"{found['data']} {found['split']}, {part}: {found['targets']:,} tokens predicted "
     f"of {found['bytes']:,} bytes in {found['documents']:,} documents, "

@@ -127,6 +127,8 @@ class Words:
 
 def _words(vocab: str, corpus: Iterable[bytes] | None) -> Words:
   if vocab:
+    if not Path(vocab).is_file():
+      raise FileNotFoundError(f"data.vocab={vocab!r}: no such file of words")
     return Words.from_file(vocab)
   if corpus is None:
     raise ValueError(
