@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from cached_tx.memory.base import MemoryModule
-from cached_tx.ops.favor import PrefixSums, no_sums, orthogonal_projection
+from cached_tx.ops.projections import orthogonal_projection
+from cached_tx.ops.sums import PrefixSums, no_sums
 from cached_tx.types import DType, Index
 
 

@@ -1,231 +1,501 @@
-"""FAVOR+: causal linear attention by positive random features.
+"""FAVOR+: linear attention by random features.
 
-Choromanski et al., 2021, arXiv:2009.14794. With w_r ~ N(0, I), the features
-phi_r(x) = exp(w_r . x - |x|^2 / 2) estimate the softmax kernel (Lemma 1), and
-
-  out_t = sum_{s<=t} (phi(q_t) . phi(k_s)) v_s / sum_{s<=t} phi(q_t) . phi(k_s)
-
-needs only the sums of phi(k) v and phi(k) over the keys so far. They are kept
-relative to the running maximum mu_t of the key exponents, which decays older sums
-by exp(mu_s - mu_t) <= 1: nothing overflows, no epsilon is added, and a later key
-has no influence on an earlier output.
+Choromanski et al., 2021, arXiv:2009.14794. Features of queries and keys stand for the
+softmax kernel (ops/features.py), so that attention needs sums over keys instead of
+pairs (ops/sums.py): time linear in L.
 """
 
-from typing import NamedTuple
+import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from cached_tx.ops.documents import document_ids
-from cached_tx.types import DType, Heads, Mask, Segment
+from cached_tx.ops.features import FEATURES, FeatureMap
+from cached_tx.ops.sums import (
+  EMPTY,
+  Part,
+  PrefixSums,
+  Sums,
+  added,
+  asked,
+  extended,
+  joined,
+  mixed,
+  no_sums,
+  packed,
+  pulled,
+  unpacked,
+  weights,
+)
+from cached_tx.types import Heads, Mask, Segment
 
-EMPTY = -1e30  # the maximum over no key; finite, for EMPTY - EMPTY must be 0
-Features = Float[Array, "B L H R"]
-Exponents = Float[Array, "B L H"]
+__all__ = ["PrefixSums", "favor_attention", "favor_bidirectional", "no_sums"]
 
-
-class PrefixSums(NamedTuple):
-  """Sums over the earlier keys of each row's document, divided by exp(top).
-
-  Attributes:
-    values: sum of phi(k) v. float32 or wider.
-    keys: sum of phi(k).
-    top: mu, the largest exponent of any summed key; a constant for the gradient.
-  """
-
-  values: Float[Array, "B H R K"]
-  keys: Float[Array, "B H R"]
-  top: Float[Array, "B H"]
-
-  def cleared(self) -> "PrefixSums":
-    """The sums with 0 where no key was summed, whatever stands there."""
-    some = self.top > EMPTY
-    return PrefixSums(
-      jnp.where(some[..., None, None], self.values, 0),
-      jnp.where(some[..., None], self.keys, 0),
-      self.top,
-    )
+FORMS = ("associative", "scan")
+# A denominator this small comes of features that underflowed: the output is 0.
+FLOOR = 1e-30
+Rows = Float[Array, "M K"] | None
+Keys = Float[Array, "B S H K"]
 
 
-def no_sums(
-  batch: int, heads: int, features: int, width: int, dtype: DType = jnp.float32
-) -> PrefixSums:
-  """Sums over no key, in float32 or wider."""
-  dtype = jnp.promote_types(dtype, jnp.float32)
-  return PrefixSums(
-    jnp.zeros((batch, heads, features, width), dtype),
-    jnp.zeros((batch, heads, features), dtype),
-    jnp.full((batch, heads), EMPTY, dtype),
-  )
+class _How(NamedTuple):
+  """What is known before anything runs."""
+
+  features: FeatureMap
+  chunk: int
+  span: int
+  form: str | None
 
 
-def orthogonal_projection(key: Array, features: int, width: int) -> Float[Array, "R K"]:
-  """Rows w_r with N(0, I) marginals, orthogonal within each block of K rows.
+class _Tokens(NamedTuple):
+  """Some of the tokens of a call: q, k and v, and which count."""
 
-  Haar-distributed directions (the QR factor's signs are fixed, or the estimate is
-  biased) times the norms of independent Gaussian rows. float32.
-  """
-  directions, norms = jax.random.split(key)
-  count = -(-features // width)
-  square = jax.random.orthogonal(directions, width, (count,), jnp.float32)
-  rows = square.reshape(count * width, width)[:features]
-  gaussian = jax.random.normal(norms, (features, width), jnp.float32)
-  return rows * jnp.linalg.norm(gaussian, axis=-1, keepdims=True)
-
-
-def log_features(x: Heads, w: Float[Array, "R K"]) -> Features:
-  """w_r . x - |x|^2 / 2, in float32 at least: its error will be exponentiated."""
-  x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-  products = jnp.einsum(
-    "blhk,rk->blhr", x, w.astype(x.dtype), precision=jax.lax.Precision.HIGHEST
-  )
-  return products - jnp.sum(x * x, axis=-1, keepdims=True) / 2
-
-
-def running_maximum(
-  top: Exponents, starts: Mask, before: Float[Array, "B H"]
-) -> Exponents:
-  """Largest exponent up to each token within its document, `before` included."""
-
-  def join(a, b):
-    (top_a, start_a), (top_b, start_b) = a, b
-    return jnp.where(start_b, top_b, jnp.maximum(top_a, top_b)), start_a | start_b
-
-  first = starts[:, :1, None]
-  top = top.at[:, 0].set(
-    jnp.where(first[:, 0], top[:, 0], jnp.maximum(top[:, 0], before))
-  )
-  flags = jnp.broadcast_to(starts[..., None], top.shape)
-  return jax.lax.associative_scan(join, (top, flags), axis=1)[0]
-
-
-class ChunkSums(NamedTuple):
-  """Sums over one chunk's last document, relative to the running maximum at its end."""
-
-  values: Float[Array, "N B H R K"]
-  keys: Float[Array, "N B H R"]
-  top: Float[Array, "N B H"]
-  starts: Bool[Array, "N B H"]  # a document begins in here: nothing older counts
-
-
-def join_sums(a: ChunkSums, b: ChunkSums) -> ChunkSums:
-  """The sums over a's keys, then b's: the associative rule of the prefix sum."""
-  decay = jnp.where(b.starts, 0, jnp.exp(jnp.minimum(a.top - b.top, 0)))
-  older = jnp.where(b.starts[..., None], 0, a.keys)  # 0 times NaN would be NaN
-  values = jnp.where(b.starts[..., None, None], 0, a.values)
-  return ChunkSums(
-    b.values + decay[..., None, None] * values,
-    b.keys + decay[..., None] * older,
-    b.top,
-    a.starts | b.starts,
-  )
+  q: Float[Array, "B T H K"]
+  k: Float[Array, "B T H K"]
+  v: Float[Array, "B T H Kv"]
+  starts: Bool[Array, "B T"]
+  shown: Bool[Array, "B T"]
 
 
 def favor_attention(
   q: Heads,
   k: Heads,
-  v: Heads,
-  w: Float[Array, "R K"],
+  v: Float[Array, "B L H Kv"],
+  w: Rows,
   segment: Segment,
   sums: PrefixSums,
   *,
+  features: FeatureMap = FEATURES["positive"],
   chunk: int = 128,
-) -> tuple[Heads, PrefixSums]:
-  """Causal softmax attention, estimated in time linear in L.
+  span: int = 2048,
+  form: str | None = None,
+) -> tuple[Float[Array, "B L H Kv"], PrefixSums]:
+  """Causal attention, in time linear in L.
 
-  An associative scan joins the sums of whole chunks; inside a chunk the products
-  of queries and keys are taken pair by pair.
+  Inside a chunk, pairs of queries and keys are taken one by one; all that is older
+  comes through sums. Two forms give the same but for rounding: an associative scan
+  joins the sums of all chunks at once, or a scan takes chunk after chunk. Spans
+  follow one another in either form, and the backward pass computes features and sums
+  of one span at a time anew, so that memory beyond arguments and results is that of
+  one span and of one state per span.
 
   Args:
     q, k: any float dtype, both already scaled by K ** -0.25.
-    v: any float dtype; sets the dtype of the output.
-    w: projection. Orthogonal rows lower the variance only.
+    v: any float dtype; sets the dtype of the output. Products of float32 are taken in
+      full precision; sums and features are in float32 at least whatever the dtype.
+    w: projection, for features that have one.
     segment: document starts and valid tokens of the L positions.
     sums: sums over the earlier keys of each row's document.
-    chunk: tokens per block. Changes speed and memory, not the estimate; L need
-      not be a multiple.
+    features: of queries and keys.
+    chunk: tokens per chunk. It changes speed and memory, not the estimate; L need not
+      be a multiple.
+    span: tokens whose features and sums exist at a time. A multiple of `chunk`.
+    form: associative or scan. None: the scan on a CPU, where it is faster.
 
   Returns:
-    The output, 0 where no key is valid, and `sums` extended by these tokens.
-    Gradients flow to q, k, v, `sums.values` and `sums.keys`; none to w, `sums.top`.
+    The output, 0 at padding and where no key is valid, and `sums` extended by these
+    tokens. Where all products of features of a query and the keys it sees are below
+    1e-30, the output is 0: at scales of q and k of 6 and more in float32. Gradients
+    flow to q, k, v, `sums.values` and `sums.keys`; none to w and `sums.top`.
+
+  Raises:
+    ValueError: for a `chunk`, `span` or `form` that is not one.
   """
-  B, L, H, K = q.shape
-  dtype = v.dtype
-  w = jax.lax.stop_gradient(w)
-  starts, valid = segment.starts, segment.real
-  C = min(chunk, L)
-  pad = -L % C
+  if chunk < 1 or span < chunk or span % chunk:
+    raise ValueError(
+      f"chunk is {chunk} and span {span}; chunk must be 1 or more, and span a multiple"
+    )
+  if form is not None and form not in FORMS:
+    raise ValueError(f"form is {form!r}; one of {', '.join(FORMS)}, or None")
+  how = _How(features, chunk, span, form)
+  tokens = _Tokens(q, k, v, segment.starts & segment.real, segment.real)
+  out, after = _causal(how, tokens, w, packed(sums))
+  return out, unpacked(after)
 
-  def padded(x):
-    return jnp.pad(x, ((0, 0), (0, pad)) + ((0, 0),) * (x.ndim - 2))
 
-  shown = padded(valid)[..., None]  # B L 1
-  starts = padded(starts & valid)
-  q, k, v = padded(q), padded(k), padded(v)
-  k = jnp.where(shown[..., None], k, 0)
-  v = jnp.where(shown[..., None], v, 0).astype(sums.values.dtype)
+def favor_bidirectional(
+  q: Float[Array, "B L H K"],
+  k: Keys,
+  v: Float[Array, "B S H Kv"],
+  w: Rows,
+  *,
+  queries: Mask | None = None,
+  keys: Bool[Array, "B S"] | None = None,
+  features: FeatureMap = FEATURES["positive"],
+  span: int = 2048,
+) -> Float[Array, "B L H Kv"]:
+  """Attention of every query to every key, in time linear in L and S.
 
-  a = log_features(jnp.where(shown[..., None], q, 0), w)
-  queries = jnp.exp(a - jax.lax.stop_gradient(a.max(axis=-1, keepdims=True)))
-  a = log_features(k, w)
-  top = jnp.where(shown, jax.lax.stop_gradient(a.max(axis=-1)), EMPTY)
-  top = top.astype(sums.top.dtype)
-  mu = running_maximum(top, starts, jax.lax.stop_gradient(sums.top))  # B L H
-  keys = jnp.exp(jnp.where(shown[..., None], a - mu[..., None], -jnp.inf))
+  Args:
+    q, k, v, w, features: as of `favor_attention`. Queries and keys may differ in
+      number: cross attention.
+    queries: which queries are real; the others get 0. None: all.
+    keys: which keys exist. None: all.
+    span: tokens whose features exist at a time.
 
-  def chunked(x):  # B L ... -> N B C ...
-    return jnp.moveaxis(x.reshape(B, -1, C, *x.shape[2:]), 1, 0)
+  Returns:
+    The output, 0 where there is no key. Gradients flow to q, k and v.
+  """
+  everything = lambda x: jnp.ones(x.shape[:2], bool)
+  keys = everything(k) if keys is None else keys
+  queries = everything(q) if queries is None else queries
+  how = _How(features, span, span, None)
+  sums = _summed(how, k, v, w, keys)
 
-  queries, keys, v, mu = chunked(queries), chunked(keys), chunked(v), chunked(mu)
-  documents = document_ids(starts)
-  ids = chunked(documents)  # N B C
+  @jax.checkpoint
+  def ask(q):
+    total = _einsum(v, "bthr,bhrk->bthk", features(q, w).values, sums.both)
+    return _divided(total)[0].astype(v.dtype)
 
-  end = mu[:, :, -1]  # N B H
-  last = ids == ids[:, :, -1:]
-  late = jnp.where(last[..., None], mu - end[:, :, None], -jnp.inf)
-  late = jnp.exp(late)  # N B C H
-  weighted = keys * late[..., None]
-  own = ChunkSums(
-    jnp.einsum("nbchr,nbchk->nbhrk", weighted, v),
-    weighted.sum(axis=2),
-    end,
-    jnp.broadcast_to(chunked(starts).any(axis=2)[..., None], end.shape),
+  q = jnp.where(queries[..., None, None], q, 0)
+  out = jnp.moveaxis(jax.lax.map(ask, _spans(q, span)), 0, 1)
+  out = out.reshape(q.shape[0], -1, *out.shape[3:])[:, : q.shape[1]]
+  return jnp.where(queries[..., None, None], out, 0)
+
+
+def favor_sums(
+  k: Heads,
+  v: Float[Array, "B L H Kv"],
+  w: Rows,
+  segment: Segment,
+  *,
+  features: FeatureMap = FEATURES["positive"],
+  span: int = 2048,
+) -> Part:
+  """The sums over the keys of each row's last document in this call, and no others.
+
+  Args: as of `favor_attention`.
+
+  Returns:
+    The sums, and whether a document begins in this call, by row. Gradients flow to k
+    and v.
+  """
+  starts, real = segment.starts & segment.real, segment.real
+  begun = jnp.cumsum(starts, axis=1)
+  last = real & (begun == begun[:, -1:])
+  fresh = jnp.broadcast_to(starts.any(axis=1)[:, None], (k.shape[0], k.shape[2]))
+  return Part(_summed(_How(features, span, span, None), k, v, w, last), fresh)
+
+
+def _summed(
+  how: _How, k: Keys, v: Array, w: Rows, shown: Bool[Array, "B S"]
+) -> Sums:
+  """The sums over all shown keys."""
+  k = jnp.where(shown[..., None, None], k, 0)
+  v = jnp.where(shown[..., None, None], v, 0)
+  k, v, shown = (_spans(x, how.span) for x in (k, v, shown))
+  # Scales are computed once: twice, large ones might differ.
+  scale = jax.lax.map(lambda k: how.features(k, w).scale, k)
+  scale = jnp.where(shown[..., None], jax.lax.stop_gradient(scale), EMPTY)  # N B T H
+  top = scale.max(axis=(0, 2))
+  share = jnp.where(shown[..., None], jnp.exp(scale - top[None, :, None]), 0)
+
+  @jax.checkpoint
+  def part(k, v, share):
+    values = how.features(k, w).values
+    both = _with_ones(v, values.dtype) * share[..., None]
+    return _einsum(v, "bthr,bthk->bhrk", values, both)
+
+  if len(k) == 1:
+    return Sums(part(k[0], v[0], share[0]), top)
+  shape = jax.eval_shape(part, k[0], v[0], share[0])
+  add = lambda total, now: (total + part(*now), None)
+  start = jnp.zeros(shape.shape, shape.dtype)
+  return Sums(jax.lax.scan(add, start, (k, v, share))[0], top)
+
+
+def _spans(x: Array, span: int) -> Array:
+  """B L ... -> N B T ..., with zeros behind: the pieces of at most `span` tokens."""
+  T = min(span, x.shape[1])
+  x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % T)) + ((0, 0),) * (x.ndim - 2))
+  return jnp.moveaxis(x.reshape(x.shape[0], -1, T, *x.shape[2:]), 1, 0)
+
+
+def _precision(v: Array) -> jax.lax.PrecisionLike:
+  """Of products with values: in full, unless the values themselves are coarse."""
+  return jax.lax.Precision.HIGHEST if v.dtype.itemsize >= 4 else None
+
+
+def _einsum(v: Array, rule: str, a: Array, b: Array) -> Array:
+  return jnp.einsum(rule, a, b, precision=_precision(v))
+
+
+def _with_ones(v: Array, dtype: Any) -> Array:
+  """Values and a channel of ones, whose sum is the denominator."""
+  return jnp.concatenate([v.astype(dtype), jnp.ones((*v.shape[:-1], 1), dtype)], -1)
+
+
+def _divided(total: Float[Array, "... K1"]) -> tuple[Array, Array]:
+  """Numerator by denominator, 0 where there is none; and the denominator."""
+  below = total[..., -1:]
+  none = jnp.abs(below) <= FLOOR  # not so for NaN, which is to be seen
+  below = jnp.where(none, 1, below)
+  # By a constant first: the square of a small denominator would be 0 in the gradient.
+  scale = jax.lax.stop_gradient(below)
+  out = jnp.where(none, 0, (total[..., :-1] / scale) / (below / scale))
+  return out, jnp.where(none, jnp.inf, scale)[..., 0]
+
+
+# The causal form. Forward and backward go over spans; a span is a batch of chunks.
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _causal(how: _How, tokens: _Tokens, w: Rows, sums: Sums) -> tuple[Array, Sums]:
+  (out, _), after, _ = _forward(how, tokens, w, sums)
+  return out, after
+
+
+def _forward(
+  how: _How, tokens: _Tokens, w: Rows, sums: Sums
+) -> tuple[tuple[Array, Array], Sums, Sums]:
+  """Output and denominators, the sums afterwards, and those before every span."""
+  B, L, H, K = tokens.v.shape
+  full = (L - 1) // how.span
+  cut = lambda at, size: jax.tree.map(lambda x: _cut(x, at, size), tokens)
+  rest = cut(full * how.span, L - full * how.span)
+  if not full:
+    found, after = _span(how, rest, w, sums)
+    return found, after, jax.tree.map(lambda x: x[None], sums)
+
+  def one(carry, n):
+    before, found = carry
+    now, after = _span(how, cut(n * how.span, how.span), w, before)
+    put = lambda x, part: _put(x, part, n * how.span)
+    return (after, jax.tree.map(put, found, now)), before
+
+  dtypes = tokens.v.dtype, sums.both.dtype
+  found = jnp.zeros((B, L, H, K), dtypes[0]), jnp.zeros((B, L, H), dtypes[1])
+  start = sums, jax.tree.map(_bits, found)
+  (last, found), befores = jax.lax.scan(one, start, jnp.arange(full))
+  now, after = _span(how, rest, w, last)
+  found = jax.tree.map(lambda x, part: _put(x, part, full * how.span), found, now)
+  befores = jax.tree.map(lambda x, y: jnp.concatenate([x, y[None]]), befores, last)
+  return tuple(map(_number, found, dtypes)), after, befores
+
+
+def _causal_forward(how, tokens, w, sums):
+  (out, below), after, befores = _forward(how, tokens, w, sums)
+  return (out, after), (tokens, w, befores, out, below)
+
+
+def _causal_backward(how, saved, cotangents):
+  tokens, w, befores, out, below = saved
+  slope, after = cotangents
+  L = out.shape[1]
+  full = (L - 1) // how.span
+
+  def one(n, size, after):
+    at = n * how.span
+    cut = lambda x: _cut(x, at, size)
+    before = jax.tree.map(lambda x: x[n], befores)
+    ahead = cut(slope).astype(before.both.dtype)
+    ahead = ahead / cut(below)[..., None]  # of the numerator
+    own = -(ahead * cut(out)).sum(axis=-1, keepdims=True)  # of the denominator
+    both = jnp.concatenate([ahead, own], axis=-1)
+    return _span_pull(how, jax.tree.map(cut, tokens), w, before, both, after)
+
+  rest, after = one(full, L - full * how.span, after.both)
+  if not full:
+    q, k, v = rest
+  else:
+
+    def step(carry, n):
+      found, after = carry
+      now, after = one(n, how.span, after)
+      put = lambda x, part: _put(x, part, n * how.span)
+      return (jax.tree.map(put, found, now), after), None
+
+    found = tuple(_bits(jnp.zeros(x.shape, x.dtype)) for x in tokens[:3])
+    found = tuple(_put(x, y, full * how.span) for x, y in zip(found, rest, strict=True))
+    start = (found, after)
+    (found, after), _ = jax.lax.scan(step, start, jnp.arange(full), reverse=True)
+    q, k, v = map(_number, found, [x.dtype for x in tokens[:3]])
+  nothing = None if w is None else jnp.zeros_like(w)
+  top = jnp.zeros_like(befores.top[0])
+  return _Tokens(q, k, v, None, None), nothing, Sums(after, top)
+
+
+_causal.defvjp(_causal_forward, _causal_backward)
+
+
+def _cut(x: Array, at: Any, size: int) -> Array:
+  """B L ... -> B T ...: `size` tokens from the one at `at`.
+
+  Numbers of 16 bits are moved as integers: XLA's CPU backend would turn the whole of a
+  bfloat16 array into float32 first, for every span.
+  """
+  if size == x.shape[1]:
+    return x
+  found = jax.lax.dynamic_slice_in_dim(_bits(x), at, size, axis=1)
+  return _number(found, x.dtype)
+
+
+def _put(x: Array, part: Array, at: Any) -> Array:
+  """`x` with `part` from `at` on, both as bits."""
+  return jax.lax.dynamic_update_slice_in_dim(x, _bits(part), at, axis=1)
+
+
+def _bits(x: Array) -> Array:
+  coarse = jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize == 2
+  return jax.lax.bitcast_convert_type(x, jnp.uint16) if coarse else x
+
+
+def _number(x: Array, dtype: Any) -> Array:
+  return jax.lax.bitcast_convert_type(x, dtype) if x.dtype == jnp.uint16 else x
+
+
+class _Chunks(NamedTuple):
+  """The tokens of a span, chunk by chunk; zeros where padding is."""
+
+  q: Float[Array, "N B H C K"]
+  k: Float[Array, "N B H C K"]
+  v: Float[Array, "N B H C Kv"]
+  starts: Bool[Array, "N B 1 C"]
+  shown: Bool[Array, "N B 1 C"]
+
+
+def _chunked(x: Array, chunk: int) -> Array:
+  """B T H K -> N B H C K, with zeros behind."""
+  return jnp.moveaxis(_spans(x, chunk), 2, 3)
+
+
+def _joined(x: Array, size: int) -> Array:
+  """N B H C K -> B T H K."""
+  x = jnp.moveaxis(jnp.moveaxis(x, 3, 2), 0, 1)  # B N C H K
+  return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :size]
+
+
+def _chunks(how: _How, tokens: _Tokens) -> _Chunks:
+  shown = tokens.shown[..., None, None]
+  q, k, v = (_chunked(jnp.where(shown, x, 0), how.chunk) for x in tokens[:3])
+  flags = (_spans(x, how.chunk)[:, :, None] for x in (tokens.starts, tokens.shown))
+  return _Chunks(q, k, v, *flags)
+
+
+def _mapped(how: _How, w: Rows, x: Array) -> tuple[Array, Array]:
+  found = how.features(x, w)
+  return found.values, found.scale
+
+
+def _by_form(how: _How, scan: Any, associative: Any, *args: Any) -> Any:
+  """The form that was asked for, or the platform's."""
+  if how.form is not None:
+    return {"scan": scan, "associative": associative}[how.form](*args)
+  return jax.lax.platform_dependent(*args, cpu=scan, default=associative)
+
+
+def _span(
+  how: _How, tokens: _Tokens, w: Rows, sums: Sums
+) -> tuple[tuple[Array, Array], Sums]:
+  """Output and denominators of a span, and the sums after it."""
+  precision = _precision(tokens.v)
+  wide = sums.both.dtype
+
+  def out(total):
+    out, below = _divided(total)
+    return out.astype(tokens.v.dtype), below
+
+  def scan(chunks, sums):
+    def one(sums, now):
+      (k, scale), v = _mapped(how, w, now.k), _with_ones(now.v, wide)
+      share = weights(scale, now.starts, now.shown, sums.top)
+      total = mixed(_mapped(how, w, now.q)[0], k, v, share, sums, precision)
+      return extended(added(k, v, share, precision), share, sums), out(total)
+
+    sums, found = jax.lax.scan(one, sums, chunks)
+    return found, sums
+
+  def associative(chunks, sums):
+    (k, scale), v = _mapped(how, w, chunks.k), _with_ones(chunks.v, wide)
+    before, after = _prefix(k, v, scale, chunks, sums, precision)
+    share = weights(scale, chunks.starts, chunks.shown, before.top)
+    total = mixed(_mapped(how, w, chunks.q)[0], k, v, share, before, precision)
+    return out(total), after
+
+  found, after = _by_form(how, scan, associative, _chunks(how, tokens), sums)
+  size = tokens.q.shape[1]
+  y = jnp.where(tokens.shown[..., None, None], _joined(found[0], size), 0)
+  return (y, _joined(found[1][..., None], size)[..., 0]), after
+
+
+def _prefix(
+  k: Array, v: Array, scale: Array, chunks: _Chunks, sums: Sums, precision: Any
+) -> tuple[Sums, Sums]:
+  """The sums before every chunk, and after the last one."""
+  nothing = jnp.full(scale.shape[:-1], EMPTY, scale.dtype)
+  share = weights(scale, chunks.starts, chunks.shown, nothing)
+  own = Sums(added(k, v, share, precision), share.top[..., -1])
+  fresh = jnp.broadcast_to(chunks.starts.any(axis=-1), nothing.shape)
+  carried = Part(sums, jnp.zeros(sums.top.shape, bool))
+  parts = jax.tree.map(
+    lambda x, y: jnp.concatenate([x[None], y]), carried, Part(own, fresh)
   )
-  carried = ChunkSums(
-    sums.values[None],
-    sums.keys[None],
-    jax.lax.stop_gradient(sums.top)[None],
-    jnp.zeros((1, B, H), bool),
-  )
-  totals = jax.lax.associative_scan(
-    join_sums, jax.tree.map(lambda x, y: jnp.concatenate([x, y]), carried, own)
-  )
-  before = jax.tree.map(lambda x: x[:-1], totals)
+  totals = jax.lax.associative_scan(joined, parts).sums
+  return jax.tree.map(lambda x: x[:-1], totals), jax.tree.map(lambda x: x[-1], totals)
 
-  # What the tokens of earlier chunks bring, as long as no document began since.
-  began = jnp.cumsum(chunked(starts), axis=2) > 0  # N B C
-  fade = jnp.exp(jnp.minimum(before.top[:, :, None] - mu, 0))
-  fade = jnp.where(began[..., None], 0, fade)  # N B C H
-  asking = jnp.where(began[..., None, None], 0, queries)  # and no gradient is NaN
-  above = jnp.einsum("nbchr,nbhrk->nbchk", asking, before.values)
-  above = jnp.where(began[..., None, None], 0, above) * fade[..., None]
-  below = jnp.einsum("nbchr,nbhr->nbch", asking, before.keys)
-  below = jnp.where(began[..., None], 0, below) * fade
 
-  # What the tokens of the own chunk bring.
-  seen = jnp.tril(jnp.ones((C, C), bool))[None, None]
-  seen = seen & (ids[:, :, :, None] == ids[:, :, None])  # N B C C
-  mu = jnp.moveaxis(mu, 3, 2)  # N B H C
-  gap = jnp.where(seen[:, :, None], mu[:, :, :, None] - mu[..., None], -jnp.inf)
-  pairs = jnp.einsum("nbchr,nbshr->nbhcs", queries, keys) * jnp.exp(gap)
-  above = above + jnp.einsum("nbhcs,nbshk->nbchk", pairs, v)
-  below = below + jnp.moveaxis(pairs.sum(axis=-1), 2, 3)
+def _span_pull(
+  how: _How, tokens: _Tokens, w: Rows, sums: Sums, ahead: Array, after: Array
+) -> tuple[tuple[Array, Array, Array], Array]:
+  """Cotangents of a span's q, k and v, and of the sums before it.
 
-  some = below > 1e-18  # a bare floor would differentiate into NaN
-  out = jnp.where(some[..., None], above / jnp.where(some, below, 1)[..., None], 0)
-  out = jnp.where(jnp.isnan(below)[..., None], jnp.nan, out)  # seen, not taken for 0
-  out = jnp.moveaxis(out, 0, 1).reshape(B, L + pad, H, K)[:, :L]
-  out = jnp.where(valid[..., None, None], out, 0).astype(dtype)
-  final = PrefixSums(totals.values[-1], totals.keys[-1], totals.top[-1])
-  return out, final
+  Args:
+    ahead: of numerators and denominators (B T H K1).
+    after: of the sums after the span.
+  """
+  precision = _precision(tokens.v)
+  wide = sums.both.dtype
+  size = tokens.q.shape[1]
+  ahead = jnp.where(tokens.shown[..., None, None], ahead, 0)
+
+  def features(x):
+    values, pull, scale = jax.vjp(lambda x: _mapped(how, w, x), x, has_aux=True)
+    return values, lambda slope: pull(slope)[0], scale
+
+  def scan(chunks, ahead, sums, after):
+    def forth(sums, now):
+      (k, scale), v = _mapped(how, w, now.k), _with_ones(now.v, wide)
+      share = weights(scale, now.starts, now.shown, sums.top)
+      return extended(added(k, v, share, precision), share, sums), sums
+
+    _, befores = jax.lax.scan(forth, sums, chunks)
+
+    def back(after, now):
+      chunk, ahead, before = now
+      q, pull_q, _ = features(chunk.q)
+      k, pull_k, scale = features(chunk.k)
+      v = _with_ones(chunk.v, wide)
+      share = weights(scale, chunk.starts, chunk.shown, before.top)
+      found = pulled(q, k, v, share, before, ahead, after, precision)
+      slopes = pull_q(found.q), pull_k(found.k), found.v[..., :-1].astype(chunk.v.dtype)
+      earlier = asked(q, share, ahead, precision)
+      return earlier + share.older[..., -1, None, None] * after, slopes
+
+    after, slopes = jax.lax.scan(back, after, (chunks, ahead, befores), reverse=True)
+    return slopes, after
+
+  def associative(chunks, ahead, sums, after):
+    q, pull_q, _ = features(chunks.q)
+    k, pull_k, scale = features(chunks.k)
+    v = _with_ones(chunks.v, wide)
+    before, _ = _prefix(k, v, scale, chunks, sums, precision)
+    share = weights(scale, chunks.starts, chunks.shown, before.top)
+    own = asked(q, share, ahead, precision)
+    decay = share.older[..., -1]
+
+    def join(late, early):  # each: cotangent of the sums before, and what it decays by
+      return early[0] + early[1][..., None, None] * late[0], early[1] * late[1]
+
+    own = jnp.concatenate([own, after[None]])
+    decay = jnp.concatenate([decay, jnp.ones((1, *decay.shape[1:]), decay.dtype)])
+    total, _ = jax.lax.associative_scan(join, (own, decay), reverse=True)
+    found = pulled(q, k, v, share, before, ahead, total[1:], precision)
+    slopes = pull_q(found.q), pull_k(found.k), found.v[..., :-1].astype(chunks.v.dtype)
+    return slopes, total[0]
+
+  given = (_chunks(how, tokens), _chunked(ahead, how.chunk), sums, after)
+  slopes, after = _by_form(how, scan, associative, *given)
+  shown = tokens.shown[..., None, None]
+  return tuple(jnp.where(shown, _joined(x, size), 0) for x in slopes), after

@@ -1,0 +1,66 @@
+"""FAVOR+ over a sequence that lies on several devices.
+
+Every device adds up its own keys, the sums go round once, and each device then attends
+to its own tokens, starting from the sums of all devices before it. Only these sums
+cross: one gather forward and one scatter of their cotangents backward, of R x (K + 1)
++ 2 numbers per row, head and device, however long the sequence.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from cached_tx.ops.favor import Rows, favor_attention, favor_sums
+from cached_tx.ops.sums import Part, PrefixSums, Sums, joined, packed, unpacked
+from cached_tx.types import Heads, Segment
+
+
+def favor_over(
+  axis: str,
+  q: Heads,
+  k: Heads,
+  v: Float[Array, "B L H Kv"],
+  w: Rows,
+  segment: Segment,
+  sums: PrefixSums,
+  **options: Any,
+) -> tuple[Float[Array, "B L H Kv"], PrefixSums]:
+  """`favor_attention` inside `jax.shard_map`, the tokens being split over `axis`.
+
+  Args:
+    axis: name of the mesh axis; its devices hold consecutive pieces of equal length.
+    q, k, v, segment: the device's own tokens.
+    w: projection, the same everywhere.
+    sums: sums before the first token of all, the same everywhere.
+    **options: features, chunk, span and form, as of `favor_attention`.
+
+  Returns:
+    The output for the device's own tokens, and the sums after the last token of all,
+    the same everywhere.
+  """
+  shared = {key: options[key] for key in ("features", "span") if key in options}
+  parts = _gathered(favor_sums(k, v, w, segment, **shared), axis)
+  place = jax.lax.axis_index(axis)
+  total = Part(packed(sums), jnp.zeros(sums.top.shape, bool))
+  before = total
+  for i in range(jax.lax.axis_size(axis)):
+    total = joined(total, jax.tree.map(lambda x, i=i: x[i], parts))
+    choose = lambda now, x, i=i: jnp.where(place == i + 1, now, x)
+    before = jax.tree.map(choose, total, before)
+  start = unpacked(before.sums)
+  out, _ = favor_attention(q, k, v, w, segment, start, **options)
+  return out, unpacked(total.sums)
+
+
+def _gathered(own: Part, axis: str) -> Part:
+  """The parts of all devices, in one array so that they cross at once."""
+  both, top = own.sums
+  flat = both.reshape(*top.shape, -1)
+  rest = jax.lax.stop_gradient(jnp.stack([top, own.fresh.astype(top.dtype)], axis=-1))
+  packed = jnp.concatenate([flat, rest], axis=-1)
+  found = jax.lax.all_gather(packed, axis)
+  values = found[..., :-2].reshape(-1, *both.shape)
+  found = jax.lax.stop_gradient(found[..., -2:])
+  return Part(Sums(values, found[..., 0]), found[..., 1] > 0)
