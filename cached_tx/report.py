@@ -15,7 +15,7 @@ from cached_tx.evaluate import measured, opened
 from cached_tx.files import write_atomically
 from cached_tx.generate import write
 from cached_tx.load import Loaded
-from cached_tx.tables import aligned
+from cached_tx.tables import aligned, counted
 from cached_tx.train.config import to_json
 from cached_tx.train.experiment import Experiment
 from cached_tx.train.metrics import read_log
@@ -189,6 +189,10 @@ def _facts(found: dict[str, Any]) -> list[str]:
   def number(name: str, form: str) -> str:
     return "unknown" if fast[name] is None else format(fast[name], form)
 
+  again = fast["recompilations"]
+  recompiled = "recompilations unknown"
+  if again is not None:
+    recompiled = counted(again, "recompilation")
   rate = "speed not measured: no step after the first was logged"
   if fast["tokens_per_second"] is not None:
     rate = (
@@ -196,12 +200,12 @@ def _facts(found: dict[str, Any]) -> list[str]:
       f"{number('tokens_per_second', ',.0f')} tokens/s"
     )
   return [
-    f"{found['parameters']:,} parameters after {found['step']:,} steps, on "
-    f"{test['data']} {test['split']}: {test['bytes']:,} bytes in "
-    f"{test['documents']} documents",
+    f"{counted(found['parameters'], 'parameter')} after "
+    f"{counted(found['step'], 'step')}, on {test['data']} {test['split']}: "
+    f"{counted(test['bytes'], 'byte')} in {counted(test['documents'], 'document')}",
     f"first step after {number('first_step_seconds', '.1f')} s, "
     f"{number('compile_seconds', '.1f')} s of compiling in all, "
-    f"{number('recompilations', 'd')} recompilations, {rate}",
+    f"{recompiled}, {rate}",
   ]
 
 

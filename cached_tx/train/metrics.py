@@ -306,7 +306,7 @@ def truncate_log(path: Path, start: int):
 
 def _there(metrics: Mapping[str, Any]) -> bool:
   """Whether a step has been done, if there is one: a backend may not run ahead."""
-  arrays = [x for x in metrics.values() if isinstance(x, jax.Array)]
+  arrays: list[Any] = [x for x in metrics.values() if isinstance(x, jax.Array)]
   return bool(arrays) and all(x.is_ready() for x in arrays)
 
 
