@@ -12,7 +12,7 @@ from cached_tx.data import tokenize
 from cached_tx.evaluate import opened
 from cached_tx.memory import kind_of
 from cached_tx.models import DecoderLM
-from cached_tx.tables import aligned
+from cached_tx.tables import aligned, counted
 from cached_tx.train import sharding
 from cached_tx.train.attended import PARTS, Group, Tally, groups, observe
 from cached_tx.train.evaluation import Reading
@@ -226,9 +226,10 @@ def _layers(
 
 
 def _text(found: dict[str, Any]) -> str:
+  segments, length = found["segments"], counted(found["segment"], "token")
   return (
-    f"{found['data']} {found['split']}, {found['segments']:,} segments of "
-    f"{found['segment']} tokens in each of {found['rows']} rows"
+    f"{found['data']} {found['split']}, {counted(segments, 'segment')} of {length} in "
+    f"each of {counted(found['rows'], 'row')}"
   )
 
 
@@ -249,7 +250,7 @@ def text(found: dict[str, Any]) -> str:
     lines += [
       "",
       f"attention of {group['memory']}, mean of layers {layers}, over "
-      f"{group['samples']:,} segments; oldest first",
+      f"{counted(group['samples'], 'segment')}; oldest first",
       "",
     ]
     rows = [("bucket", "keys", "attention %", "± error", "visible %")]

@@ -10,6 +10,14 @@ from typing import Any, NamedTuple
 from absl import flags, logging
 
 _SPACE = " " * 6
+_RULES = {  # what follows a flag and its value in a message of absl's: the rule
+  r"invalid literal for int\(\).*": "it must be a whole number",
+  r"could not convert string to float.*": "it must be a number",
+  r"\('Non-boolean argument.*": "it must be true or false",
+  r"value should be one of <(.*)>": "it must be one of {0}",
+  r"Failed to parse .* as a ConfigDict.*": "it is a section: change one key of it",
+  r"[-+.\w]+ is not (an? .*)": "it must be {0}",
+}
 
 
 class Command(NamedTuple):
@@ -79,8 +87,7 @@ def _parse(values: flags.FlagValues, argv: list[str]) -> None:
   except flags.UnrecognizedFlagError as error:
     raise ValueError(f"{error}; --help lists the flags") from None
   except flags.IllegalFlagValueError as error:
-    first, *_, last = str(error).strip().splitlines() * 2  # a traceback between them
-    raise ValueError(first if first == last else f"{first} {last}") from None
+    raise ValueError(_illegal(str(error))) from None
   except (KeyError, AttributeError) as error:  # of a config's keys
     key = re.search(r"\w+", str(error.args[0]))
     found = re.search(r'Did you mean "(\w+)"', str(error))
@@ -91,6 +98,22 @@ def _parse(values: flags.FlagValues, argv: list[str]) -> None:
     raise ValueError(f"--config cannot be read: {last}") from None
   if len(rest) > 1:
     raise ValueError(f"what is {rest[1]!r}? --help lists the flags")
+
+
+def _illegal(message: str) -> str:
+  """The flag, its value and the rule, of a message that absl has for them."""
+  first, *_, last = message.strip().splitlines() * 2  # a traceback may lie between
+  for pattern, rule in _RULES.items():
+    found = re.fullmatch(rf"flag --([\w.]+)=(.*?): {pattern}", first)
+    if found:
+      name, value, *more = found.groups()
+      return f"--{name} is {value!r}; {rule.format(*more).replace('|', ', ')}"
+  found = re.fullmatch(
+    r"flag --config=(.*): Error whilst parsing config file:.*", first
+  )
+  if found:
+    return f"--config {found[1]}: {last.removeprefix('ValueError: ')}"
+  return first if first == last else f"{first} {last}"
 
 
 def _spelled(word: str, values: flags.FlagValues) -> str:

@@ -10,10 +10,11 @@ from jax.sharding import Mesh
 
 from cached_tx.data import counts, tokenize
 from cached_tx.inspect import attended_slots
-from cached_tx.tables import aligned
+from cached_tx.tables import aligned, counted
 from cached_tx.train import sharding
 from cached_tx.train.evaluation import Evaluation, Evaluator, Reading, check_memory
 from cached_tx.train.experiment import Experiment
+from cached_tx.train.saved_step import Mismatch
 
 
 def evaluate(
@@ -99,7 +100,16 @@ def opened(
     )
   check(given, rows)
   experiment = Experiment(given.config, usable_mesh(given, rows))
-  params, step = experiment.restore_params(workdir, step)
+  try:
+    params, step = experiment.restore_params(workdir, step)
+  except Mismatch as error:
+    if not changes:
+      raise
+    raise ValueError(
+      f"{error}\nSet was {', '.join(changes)}. After training may be set what no weight"
+      " depends on: segment, the sizes of a memory (memory.size, memory.compressed),"
+      " data, eval."
+    ) from None
   about = {"workdir": os.fspath(workdir), "step": step, "set": [*changes]}
   return Opened(experiment, params, rows, about)
 
@@ -203,12 +213,13 @@ def text(found: dict[str, Any]) -> str:
   if found["ordered"]:
     part += ", as one text in equal lanes, its tail dropped"
   lines = [
-    f"{found['data']} {found['split']}, {part}: {found['targets']:,} tokens predicted "
-    f"of {found['bytes']:,} bytes in {found['documents']:,} documents, "
-    f"{found['words']:,} words ({found['words_rule']})",
-    f"checkpoint of step {found['step']}, {found['rows']} rows on {found['devices']} "
-    f"device{'s' * (found['devices'] > 1)}, segment {found['segment']}, attended slots "
-    f"{', '.join(kinds)}" + "".join(f", {change}" for change in found["set"]),
+    f"{found['data']} {found['split']}, {part}: "
+    f"{counted(found['targets'], 'token')} predicted of "
+    f"{counted(found['bytes'], 'byte')} in {counted(found['documents'], 'document')}, "
+    f"{counted(found['words'], 'word')} ({found['words_rule']})",
+    f"checkpoint of step {found['step']}, {counted(found['rows'], 'row')} on "
+    f"{counted(found['devices'], 'device')}, segment {found['segment']}, attended "
+    f"slots {', '.join(kinds)}" + "".join(f", {change}" for change in found["set"]),
     "",
   ]
   head = ("memory", "bits/byte", "nats/token", "perplexity/token", "perplexity/word")
@@ -222,4 +233,19 @@ def text(found: dict[str, Any]) -> str:
       "-" if token is None else f"{token:,.3f}",
       "-" if word is None else f"{word:,.4g}",
     ))  # fmt: skip
-  return "\n".join([*lines, *aligned(rows)])
+  return "\n".join([*lines, *aligned(rows), *_notes(found)])
+
+
+def _notes(found: dict[str, Any]) -> list[str]:
+  """Why a perplexity is not there."""
+  scores, notes = found["scores"].values(), []
+  if any(score["word_perplexity"] is None for score in scores):
+    if not found["whole"]:
+      notes = ["perplexity/word: only where a whole split is read, without --segments"]
+    elif found["ordered"]:
+      notes = ["perplexity/word: not with --ordered, which drops the tail of the text"]
+    elif not found["words"]:
+      notes = ["perplexity/word: the text has no words"]
+  if not notes and any(None in score.values() for score in scores):
+    notes = ["perplexity: larger than any float"]
+  return ["", *notes] if notes else []

@@ -13,6 +13,7 @@ from typing import Any
 from absl import flags
 
 from cached_tx.cli import Command, execute
+from cached_tx.tables import counted
 
 STOPPED = 143  # 128 + SIGTERM: what launchers take for "start me again"
 SPLITS = ("train", "validation", "test")
@@ -164,13 +165,17 @@ def _generate(values: Any) -> None:
       "--tokens is 0, which only reads, and nothing would keep what was read: give "
       "--save_state, or --tokens of 1 or more"
     )
+  for name in ("prompt_file", "load_state"):
+    path = getattr(values, name)
+    if path is not None and not Path(path).exists():
+      raise FileNotFoundError(f"--{name} is {path!r}; there is no such file")
   prompt = (values.prompt or "").encode(errors="surrogateescape")
   if values.prompt_file is not None:
     prompt = Path(values.prompt_file).read_bytes()
   from cached_tx.generate import write
   from cached_tx.load import load
 
-  write(
+  sampled = write(
     load(values.workdir, values.step),
     prompt,
     sys.stdout.buffer,
@@ -182,8 +187,15 @@ def _generate(values: Any) -> None:
     load_state=values.load_state,
     save_state=values.save_state,
   )
-  if sys.stdout.isatty():
+  if sys.stdout.isatty() and sampled:
     print()
+  if values.save_state is not None:
+    print(
+      f"cached-tx generate: {counted(len(prompt), 'byte')} read, "
+      f"{counted(sampled, 'token')} sampled; what is remembered of them is in "
+      f"{values.save_state}, for --load-state",
+      file=sys.stderr,
+    )
 
 
 def _define_inspect(values: flags.FlagValues, argv: list[str]) -> None:

@@ -26,7 +26,7 @@ from cached_tx.data.recall import (
 )
 from cached_tx.files import write_atomically
 from cached_tx.models import DecoderLM, build_model
-from cached_tx.tables import aligned
+from cached_tx.tables import aligned, counted
 from cached_tx.train import sharding
 from cached_tx.train.feed import Feed
 from cached_tx.train.plots import recall_plot
@@ -213,6 +213,10 @@ def one(kind: str, task: str, *, steps: int, seed: int, longest: int) -> dict[st
   }
 
 
+def _tell(line: str) -> None:
+  print(line, flush=True)  # a pipe shows it before the model is trained
+
+
 def recall(
   workdir: str | os.PathLike,
   *,
@@ -221,7 +225,7 @@ def recall(
   steps: int,
   seed: int = 0,
   longest: int,
-  tell: Callable[[str], None] = print,
+  tell: Callable[[str], None] = _tell,
 ) -> dict[str, Any]:
   """Trains and asks every kind at every task; writes recall.json and recall.png.
 
@@ -235,7 +239,7 @@ def recall(
     steps: of training, for each model.
     seed: of parameters and episodes.
     longest: largest distance, in segments.
-    tell: gets a line for each model that is done.
+    tell: gets a line for each model that begins, and one when it is done.
 
   Returns:
     JSON data: how the models were made, and "runs", see `one`.
@@ -261,12 +265,13 @@ def recall(
     "rows": ROWS,
     "runs": [],
   }
-  for task in tasks:
-    for kind in kinds:
-      run = one(kind, task, steps=steps, seed=seed, longest=longest)
-      found["runs"].append(run)
-      _write(folder, found)
-      tell(f"{task}, {kind}: {_ends(run, longest)}, {run['seconds']:.0f} s")
+  models = [(task, kind) for task in tasks for kind in kinds]
+  for number, (task, kind) in enumerate(models, 1):
+    tell(f"{task}, {kind}: model {number} of {len(models)}, {counted(steps, 'step')}")
+    run = one(kind, task, steps=steps, seed=seed, longest=longest)
+    found["runs"].append(run)
+    _write(folder, found)
+    tell(f"{task}, {kind}: {_ends(run, longest)}, {run['seconds']:.0f} s")
   found["plot"] = os.fspath(recall_plot(found, folder / "recall.png"))
   _write(folder, found)
   return found
@@ -279,7 +284,8 @@ def _write(folder: Path, found: dict[str, Any]) -> None:
 def _ends(run: dict[str, Any], longest: int) -> str:
   if run["reach"] is None:
     return "not learned"
-  return f"reaches {run['reach']} segments" + " or more" * (run["reach"] == longest)
+  more = " or more" if run["reach"] == longest else ""
+  return f"reaches {counted(run['reach'], 'segment')}{more}"
 
 
 def _error(share: float, count: int) -> float:

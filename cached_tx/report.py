@@ -3,7 +3,6 @@
 import io
 import json
 import os
-import statistics
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +15,13 @@ from cached_tx.evaluate import measured, opened
 from cached_tx.files import write_atomically
 from cached_tx.generate import write
 from cached_tx.load import Loaded
-from cached_tx.tables import aligned
+from cached_tx.tables import aligned, counted
 from cached_tx.train.config import to_json
 from cached_tx.train.experiment import Experiment
 from cached_tx.train.metrics import read_log
 from cached_tx.train.plots import gauge_plot, loss_plot
 from cached_tx.train.processes import wait_for_others
+from cached_tx.train.speed import Measured
 
 LARGEST = 20_000_000  # bytes of training text, up to which baselines are computed
 SAMPLE = 300  # tokens
@@ -109,20 +109,23 @@ def _baselines(experiment: Experiment) -> tuple[dict[str, float] | None, str | N
 def speed(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, float | None]:
   """Start-up and throughput of a run, from its metrics.jsonl.
 
-  Seconds are of the latest start; speed is the median over all logged steps.
+  Seconds are of the latest start. Speed is that of all logged steps together, without
+  the first of each start, evaluations and saving (`cached_tx.train.speed`); None if no
+  other step was logged.
   """
   records = list(read_log(Path(workdir) / "metrics.jsonl"))
   events = {r["event"]: r for r in records if r["kind"] == "event"}  # the latest
-  rates = [r["tokens_per_second"] for r in records if r.get("tokens_per_second")]
-  tokens = statistics.median(rates) if rates else None
+  lines = [r for r in records if r["kind"] == "train" and "seconds" in r]
+  tokens = sum(r["seconds"] * r["tokens_per_second"] for r in lines)
+  rate = Measured(tokens, sum(r["seconds"] for r in lines)).rate
   per_step = config.batch * config.segment * config.segments
   end = events.get("end", {})
   return {
     "first_step_seconds": events.get("first_step", {}).get("seconds"),
     "compile_seconds": end.get("compile_seconds"),
     "recompilations": end.get("recompilations"),
-    "tokens_per_second": tokens,
-    "steps_per_second": tokens / per_step if tokens else None,
+    "tokens_per_second": rate,
+    "steps_per_second": rate / per_step if rate else None,
   }
 
 
@@ -186,15 +189,23 @@ def _facts(found: dict[str, Any]) -> list[str]:
   def number(name: str, form: str) -> str:
     return "unknown" if fast[name] is None else format(fast[name], form)
 
+  again = fast["recompilations"]
+  recompiled = "recompilations unknown"
+  if again is not None:
+    recompiled = counted(again, "recompilation")
+  rate = "speed not measured: no step after the first was logged"
+  if fast["tokens_per_second"] is not None:
+    rate = (
+      f"{number('steps_per_second', '.2f')} steps/s, "
+      f"{number('tokens_per_second', ',.0f')} tokens/s"
+    )
   return [
-    f"{found['parameters']:,} parameters after {found['step']:,} steps, on "
-    f"{test['data']} {test['split']}: {test['bytes']:,} bytes in "
-    f"{test['documents']} documents",
+    f"{counted(found['parameters'], 'parameter')} after "
+    f"{counted(found['step'], 'step')}, on {test['data']} {test['split']}: "
+    f"{counted(test['bytes'], 'byte')} in {counted(test['documents'], 'document')}",
     f"first step after {number('first_step_seconds', '.1f')} s, "
     f"{number('compile_seconds', '.1f')} s of compiling in all, "
-    f"{number('recompilations', 'd')} recompilations, "
-    f"{number('steps_per_second', '.2f')} steps/s, "
-    f"{number('tokens_per_second', ',.0f')} tokens/s",
+    f"{recompiled}, {rate}",
   ]
 
 

@@ -1,4 +1,4 @@
-"""Columns and units for the terminal."""
+"""Columns, numbers and units for the terminal."""
 
 from collections.abc import Sequence
 
@@ -14,6 +14,11 @@ def aligned(rows: Sequence[tuple[str, ...]], left: int = 1) -> list[str]:
     ]
     lines.append("  ".join(cells).rstrip())
   return lines
+
+
+def counted(count: int, noun: str) -> str:
+  """A number of things: 1 document, 2,000 documents."""
+  return f"{count:,} {noun}{'s' * (count != 1)}"
 
 
 def size(count: int | float) -> str:

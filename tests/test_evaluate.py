@@ -78,10 +78,34 @@ def test_one_ordered_text():
 def test_a_perplexity_beyond_every_float_is_a_dash():
   found = evaluate(workdir(), rows=1, segments=1)
   found["scores"]["kept"]["perplexity"] = None
-  assert text(found).splitlines()[-1].split() == [
+  assert text(found).splitlines()[-3].split() == [
     *("kept", f"{found['scores']['kept']['bits_per_byte']:.4f}"),
     *(f"{found['scores']['kept']['loss']:.4f}", "-", "-"),
   ]
+
+
+@pytest.mark.parametrize(
+  "own,said",
+  [
+    ({}, "perplexity: larger than any float"),
+    ({"whole": False}, "only where a whole split is read, without --segments"),
+    ({"ordered": True}, "not with --ordered"),
+    ({"words": 0}, "the text has no words"),
+  ],
+)
+def test_a_dash_is_explained(own, said):
+  score = {"loss": 1.0, "bits_per_byte": 1.0, "perplexity": 3.0}
+  found = {
+    "data": "text", "split": "test", "whole": True, "ordered": False, "targets": 1,
+    "bytes": 1, "documents": 1, "words": 1, "words_rule": "spaces", "step": 1,
+    "rows": 1, "devices": 1, "segment": 8, "attended_slots": [None], "set": [],
+    "scores": {"kept": {**score, "word_perplexity": None}}, **own,
+  }  # fmt: skip
+  assert said in text(found).splitlines()[-1]
+  assert "1 token predicted of 1 byte in 1 document, " in text(found)
+  assert "1 row on 1 device, " in text(found)
+  found["scores"]["kept"]["word_perplexity"] = 2.0
+  assert text(found).splitlines()[-1].startswith("kept")
 
 
 @pytest.mark.parametrize("rows,devices", [(16, 8), (4, 1), (1, 1)])
@@ -115,7 +139,10 @@ def test_what_is_wrong_is_told_before_anything_is_read(monkeypatch, options, sai
       r"memory\.sise is 3, but .* has no such option; .*size",
     ),
     ({"changes": ["eval.rows=3"]}, r"eval\.rows does not exist; did you mean .*\?"),
-    ({"changes": ["model.width=16"]}, "wanted float32"),
+    (
+      {"changes": ["model.width=16"]},
+      r"(?s)wanted float32.*Set was model\.width=16\. After training may be set what",
+    ),
     ({"rows": -1}, "rows=-1"),
     ({"segments": -1}, "segments=-1"),
   ],

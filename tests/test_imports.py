@@ -14,13 +14,13 @@ PACKAGE = ROOT / "cached_tx"
 
 # A unit may import itself and any unit to its left.
 ORDER = (
-  ("files", "options", "types"),
+  ("files", "options", "tables", "types"),
   ("ops",),
   ("memory",),
   ("layers",),
   ("models", "testing"),
   ("train",),
-  ("baselines", "cli", "tables"),
+  ("baselines", "cli"),
   ("convert", "inspect", "load"),
   ("analyse", "evaluate", "generate", "recall"),
   ("report",),

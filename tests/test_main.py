@@ -65,20 +65,37 @@ def test_help_of_a_command(command, name):
     (f"train {CONFIG} --config.model.widht=3", "no key widht; did you mean width?"),
     (f"train {CONFIG} --config.modle.width=3", "no key modle; did you mean model?"),
     (f"train {CONFIG} --config.model.zzz=3", "no key zzz"),
-    (f"train {CONFIG} --config.model.width=wide", "'wide'"),
+    (
+      f"train {CONFIG} --config.model.width=wide",
+      "width is 'wide'; it must be a whole",
+    ),
+    (f"train {CONFIG} --config.model.width=a:b", "width is 'a:b'; it must be"),
+    (
+      f"train {CONFIG} --config.optimizer.peak=high",
+      "peak is 'high'; it must be a num",
+    ),
+    (f"train {CONFIG} --config.data=web_en", "data is 'web_en'; it is a section"),
     (f"train {CONFIG} --config.model.heads=5 --workdir=x {ALONE}", "model.heads is 5"),
     ("train --config=configs/nope.py", "cannot be read: [Errno 2]"),
-    ("train --config=configs/quickstart.py:tiny", "unknown mode 'tiny'"),
+    (
+      "train --config=configs/quickstart.py:tiny",
+      "train: --config configs/quickstart.py:tiny: unknown mode 'tiny': full or smoke",
+    ),
+    (f"train {CONFIG} --report=maybe", "--report is 'maybe'; it must be true or false"),
     ("train --config.steps=3", "Unknown command line flag 'config.steps'"),
     ("generate --workdir=/nowhere", "has no config.json: train there first"),
     ("generate --workdri=/nowhere", "Did you mean: workdir"),
     ("generate --workdir=x --prompt=a --prompt_file=b", "cannot both be given"),
-    ("generate --workdir=x --prompt_file=/nowhere", "No such file"),
+    (
+      "generate --workdir=x --prompt_file=/nowhere",
+      "--prompt_file is '/nowhere'; there",
+    ),
+    ("generate --workdir=x --load-state=/nowhere", "--load_state is '/nowhere'; there"),
     ("generate --workdir=x --save-state=/nowhere/s", "x has no config.json"),
     ("generate --workdir=x --tokens=0", "nothing would keep what was read"),
-    ("generate --top_p=3", "3.0 is not a number in the range"),
-    ("generate --tokens=many", "'many'"),
-    ("evaluate --workdir=x --split=exam", "exam"),
+    ("generate --top_p=3", "is '3'; it must be a number in the range"),
+    ("generate --tokens=many", "--tokens is 'many'; it must be a whole number"),
+    ("evaluate --workdir=x --split=exam", "it must be one of train, validation, test"),
     ("evaluate --workdir=/nowhere", "has no config.json"),
     ("evaluate x", "what is 'x'?"),
     ("analyse", "--workdir is required"),
@@ -120,7 +137,9 @@ def test_a_document_is_read_once_and_asked_often(command, tmp_path):
   saved = tmp_path / "document"
   _, whole, _ = command(*own, "--prompt=In the", "--tokens=24")
   assert command(*own, "--prompt=In the", "--tokens=0", f"--save-state={saved}") == (
-    *(0, "", ""),
+    *(0, ""),
+    "cached-tx generate: 6 bytes read, 0 tokens sampled; what is remembered of them is "
+    f"in {saved}, for --load-state\n",
   )
   for _ in range(2):
     assert command(*own, f"--load-state={saved}", "--tokens=24")[1] == whole

@@ -96,7 +96,8 @@ def test_a_run(tmp_path, monkeypatch):
     tell=said.append,
   )
   assert json.loads((tmp_path / "a" / "b" / "recall.json").read_text()) == found
-  (run,), (line,) = found["runs"], said
+  (run,), (begun, line) = found["runs"], said
+  assert begun == "mqar, none: model 1 of 1, 2 steps"
   assert line.startswith("mqar, none: not learned") and run["reach"] is None
   assert len(run["accuracy"]) == 2 and run["answers"] == 3 * 256
   again = one("none", "mqar", steps=2, seed=0, longest=1)

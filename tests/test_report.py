@@ -76,10 +76,10 @@ def test_speed(tmp_path):
   lines = [
     {"step": 0, "kind": "event", "event": "first_step", "seconds": 9.0},
     {"step": 0, "kind": "train", "loss": 1.0},
-    {"step": 1, "kind": "train", "tokens_per_second": 100.0},
-    {"step": 2, "kind": "train", "tokens_per_second": 128.0},
+    {"step": 1, "kind": "train", "tokens_per_second": 100.0, "seconds": 2.0},
+    {"step": 2, "kind": "train", "tokens_per_second": 128.0, "seconds": 1.0},
     {"step": 2, "kind": "event", "event": "first_step", "seconds": 2.5},
-    {"step": 3, "kind": "train", "tokens_per_second": 900.0},
+    {"step": 3, "kind": "train", "tokens_per_second": 184.0, "seconds": 1.0},
     {"step": 4, "kind": "event", "event": "end", "recompilations": 0},
   ]
   text = "".join(json.dumps(line) + "\n" for line in lines)
@@ -88,9 +88,19 @@ def test_speed(tmp_path):
     "first_step_seconds": 2.5,
     "compile_seconds": None,
     "recompilations": 0,
-    "tokens_per_second": 128.0,
+    "tokens_per_second": 128.0,  # 512 in 4 s, of both starts
     "steps_per_second": 1.0,  # 8 rows, 2 segments of 8 tokens
   }
+
+
+def test_a_speed_that_was_not_measured_is_no_number(tmp_path):
+  line = {"step": 0, "kind": "train", "loss": 1.0}  # the only step, which compiles
+  (tmp_path / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+  test = {"data": "web_en", "split": "test", "bytes": 9, "documents": 2}
+  found = {"parameters": 7, "step": 1, "test": test, "speed": speed(tiny(), tmp_path)}
+  assert module._facts(found)[1].endswith(
+    "speed not measured: no step after the first was logged"
+  )
 
 
 def test_a_sample_cannot_upset_a_terminal():

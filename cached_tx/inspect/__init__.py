@@ -19,7 +19,7 @@ from cached_tx.inspect.sizes import (
 )
 from cached_tx.memory import kind_of
 from cached_tx.models import DecoderLM
-from cached_tx.tables import aligned, size
+from cached_tx.tables import aligned, counted, size
 from cached_tx.train.experiment import Experiment
 
 __all__ = [
@@ -116,7 +116,7 @@ def text(found: dict[str, Any]) -> str:
   lines = [
     *aligned(rows),
     "",
-    f"mesh                  {axes}: {count} device{'s' * (count > 1)}{pretend}",
+    f"mesh                  {axes}: {counted(count, 'device')}{pretend}",
     f"tokens per step       {found['tokens_per_step']:,}",
     f"FLOPs per token       forward {flops['forward']:,.0f}, "
     f"training {flops['training']:,.0f} (matrix products)",

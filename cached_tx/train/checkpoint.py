@@ -182,7 +182,7 @@ class Checkpoints:
         sharding (or arrays, whose values are not read). Any mesh will do.
 
     Raises:
-      ValueError: the checkpoint is of another state (path, shape or dtype).
+      Mismatch: the checkpoint is of another state (path, shape or dtype).
       DamagedCheckpoint: there are checkpoints, but none is valid.
     """
     found = self._newest_valid(lambda step: self._reader.read(step, target))
@@ -208,8 +208,8 @@ class Checkpoints:
       name: the branch, a field of the saved state.
 
     Raises:
-      ValueError: no checkpoint, or the stored branch has another path, shape or
-        dtype.
+      ValueError: no checkpoint.
+      Mismatch: the stored branch has another path, shape or dtype.
       DamagedCheckpoint: that checkpoint, or with None every one, is damaged.
     """
     if step is not None and step not in self.steps():
@@ -269,7 +269,7 @@ class Checkpoints:
       try:
         return read(step), None
       except Mismatch as error:
-        raise ValueError(f"step {step} of {self.directory}: {error}") from None
+        raise Mismatch(f"step {step} of {self.directory}: {error}") from None
       except Exception as error:  # Orbax raises bare Exception for a damaged file
         text = (str(error).strip().splitlines() or [""])[0]
         text = text if len(text) <= 200 else f"{text[:200]}..."

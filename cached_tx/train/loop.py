@@ -150,8 +150,8 @@ def _run(
     scores: dict[str, float] = {}
 
     def keep(step: int) -> None:
-      log.flush()  # raises on a non-finite loss or norm, before it is saved
-      checkpoints.save(step, state, {"step": step, **about}, scores or None)
+      with log.paused():  # raises on a non-finite loss or norm, before it is saved
+        checkpoints.save(step, state, {"step": step, **about}, scores or None)
 
     with (
       Preemption() as preemption,
@@ -178,9 +178,10 @@ def _run(
         scores = {}
         if due(step, config.eval.every):
           params = state.ema if config.optimizer.ema else state.params
-          scores = {"loss": evaluator(params)["kept"].loss}
-          log.write(step - 1, scores)
-          log.write(step - 1, gauges(params), kind="gauge", show=False)
+          with log.paused():
+            scores = {"loss": evaluator(params)["kept"].loss}
+            log.write(step - 1, scores)
+            log.write(step - 1, gauges(params), kind="gauge", show=False)
         leaving = preemption.reached(step)
         if due(step, save.every) or leaving or step == config.steps:
           keep(step)

@@ -2,7 +2,10 @@
 
 A line of metrics.jsonl is one JSON object:
 
-    {"step": 7, "kind": "train", "loss": 2.25, ...}    after each logged step
+    {"step": 7, "kind": "train", "loss": 2.25, ...}    after each logged step; with
+                                                       "seconds" of training since the
+                                                       line before, and in these
+                                                       "tokens_per_second"
     {"step": 7, "kind": "eval", ...}                   an evaluation
     {"step": 7, "kind": "gauge", "gate/0/3": 0.5, ...} of layer 0, head 3: beside it,
                                                        where a model has any
@@ -13,6 +16,7 @@ finished steps has the steps 0 to n - 1 behind it. Numbers are written in full, 
 that equal lines mean equal bits.
 """
 
+import contextlib
 import json
 import logging
 import math
@@ -28,6 +32,7 @@ import numpy as np
 
 from cached_tx.files import write_atomically
 from cached_tx.train.progress import Progress
+from cached_tx.train.speed import Speed
 
 _log = logging.getLogger(__name__)
 
@@ -69,12 +74,12 @@ class MetricsLog:
     """
     self.last: dict[str, float] = {}
     self._every, self._total = every, total_steps
-    self._tokens_per_step = tokens_per_step
+    self._speed = Speed(tokens_per_step)
     self._bytes_per_token = bytes_per_token
     self._last_checkpoint = last_checkpoint
     self._pending: tuple[int, Mapping[str, Any]] | None = None
     self._created = time.monotonic()
-    self._mark: tuple[float, int] | None = None  # when, and which step, was read
+    self._started = False
     self._file = self._board = self._progress = None
     if jax.process_index() == 0:
       path = Path(workdir) / "metrics.jsonl"
@@ -111,11 +116,13 @@ class MetricsLog:
     Raises:
       FloatingPointError: as `flush`, about the step before.
     """
-    if self._mark is None:
+    if not self._started:
+      self._started = True
       jax.block_until_ready(metrics)
-      self._mark = (time.monotonic(), step)
-      self.event("first_step", step=step, seconds=self._mark[0] - self._created)
-    self.flush()
+      seconds = time.monotonic() - self._created
+      self.event("first_step", step=step, seconds=seconds)
+      self._speed.begin(step + 1)
+    self._read(metrics)
     self._pending = (step, metrics)
 
   def flush(self):
@@ -125,18 +132,35 @@ class MetricsLog:
       FloatingPointError: its loss or a gradient norm is not finite; names the step
         and the last good checkpoint.
     """
+    self._read({})
+
+  @contextlib.contextmanager
+  def paused(self) -> Iterator[None]:
+    """For what is done between two steps and is no training: its time does not count.
+
+    Raises:
+      FloatingPointError: as `flush`, which comes first.
+    """
+    self.flush()
+    self._speed.pause()
+    yield
+    self._speed.go_on()
+
+  def _read(self, newer: Mapping[str, Any]):
+    """Reads and writes what is pending; `newer` metrics are of the step after it."""
     if self._pending is None:
       return
     step, metrics = self._pending
     self._pending = None
     values = {name: float(np.asarray(x)) for name, x in metrics.items()}
+    self._speed.reached(step + 1 + _there(newer))
     self._check_finite(step, values)
     self.last = values = self._with_bits(values)
     if self._progress is not None:
+      self._progress.speed = self._speed.total.rate
       self._progress.update(step + 1, self._summary(values))
     if (step + 1) % self._every == 0 or step + 1 == self._total:
-      speed = self._tokens_per_second(step)
-      self._write("train", step, {**values, **speed})
+      self._write("train", step, {**values, **self._measured()})
 
   def write(
     self,
@@ -204,13 +228,11 @@ class MetricsLog:
       return f"{values['bits_per_byte']:.4f} bits/byte"
     return f"loss {values['loss']:.4f}" if "loss" in values else ""
 
-  def _tokens_per_second(self, step: int) -> dict[str, float]:
-    now, (then, before) = time.monotonic(), self._mark or (0.0, step)
-    self._mark = (now, step)
-    speed = (step - before) * self._tokens_per_step / max(now - then, 1e-9)
-    if speed and self._progress is not None:
-      self._progress.speed = speed
-    return {"tokens_per_second": round(speed, 1)} if speed else {}
+  def _measured(self) -> dict[str, float]:
+    found = self._speed.take()
+    if found.rate is None:
+      return {}
+    return {"tokens_per_second": round(found.rate, 1), "seconds": found.seconds}
 
   def _write(self, kind: str, step: int, values: Mapping[str, float]):
     self._line({"step": step, "kind": kind, **values})
@@ -280,6 +302,12 @@ def truncate_log(path: Path, start: int):
     return
   kept = [r for r in read_log(path) if r["kind"] == "event" or r["step"] < start]
   write_atomically(path, "".join(json.dumps(record) + "\n" for record in kept))
+
+
+def _there(metrics: Mapping[str, Any]) -> bool:
+  """Whether a step has been done, if there is one: a backend may not run ahead."""
+  arrays: list[Any] = [x for x in metrics.values() if isinstance(x, jax.Array)]
+  return bool(arrays) and all(x.is_ready() for x in arrays)
 
 
 def _lost(value: Any) -> bool:

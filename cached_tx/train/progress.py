@@ -19,11 +19,11 @@ class Progress:
   """A live line on a terminal, plain lines now and then elsewhere (stderr).
 
   Attributes:
-    speed: tokens per second; 0 while unknown.
+    speed: tokens per second since the first step; None while unknown.
   """
 
   def __init__(self, total: int, start: int = 0, console: Console | None = None):
-    self.speed = 0.0
+    self.speed: float | None = None
     self._total = total
     self._console = console or Console(stderr=True, highlight=False)
     self._began: tuple[float, int] | None = None

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from cached_tx.data import Tokens
+from cached_tx.tables import counted
 
 LARGEST = 2**28  # bytes of tokens that are hashed whole
 _BLOCKS, _BLOCK = 1024, 4096  # of larger ones: how many blocks, of so many bytes
@@ -50,10 +51,9 @@ def check_data(stored: Mapping[str, Any] | None, given: Mapping[str, Any]) -> No
     return
 
   def said(data: Mapping[str, Any]) -> str:
-    return (
-      f"{data['tokens']:,} tokens in {data['documents']:,} documents, "
-      f"SHA-256 {data['sha256'][:16]}"
-    )
+    tokens = counted(data["tokens"], "token")
+    documents = counted(data["documents"], "document")
+    return f"{tokens} in {documents}, SHA-256 {data['sha256'][:16]}"
 
   raise ValueError(
     f"the training data is not what this run began with: it was {said(stored)}; now it "

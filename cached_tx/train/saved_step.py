@@ -23,7 +23,7 @@ class DamagedCheckpoint(ValueError):
   """A checkpoint cannot be read, or holds other values than were saved."""
 
 
-class Mismatch(Exception):
+class Mismatch(ValueError):
   """The checkpoint is sound, but of another state than the target."""
 
 

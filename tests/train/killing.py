@@ -144,8 +144,9 @@ class Run:
 
   def lines(self) -> list[dict[str, Any]]:
     """Training and evaluation, without the speed; floats are exact."""
+    speed = {"seconds", "tokens_per_second"}
     return [
-      {key: value for key, value in record.items() if key != "tokens_per_second"}
+      {key: value for key, value in record.items() if key not in speed}
       for record in self.records()
       if record["kind"] != "event"
     ]
