@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from cached_tx.memory.base import MemoryModule
-from cached_tx.ops.projections import orthogonal_projection
+from cached_tx.ops.projections import project
 from cached_tx.ops.sums import PrefixSums, no_sums
 from cached_tx.types import DType, Index
 
@@ -58,4 +58,4 @@ class FavorMemory(MemoryModule):
   def draw(self, layer: Array | int, width: int, heads: int) -> Float[Array, "R K"]:
     """The projection of layer number `layer`. float32."""
     key = jax.random.fold_in(jax.random.key(self.seed), layer)
-    return orthogonal_projection(key, self.features, width // heads)
+    return project("orthogonal", key, self.features, width // heads)

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from cached_tx.ops.features import FEATURES, FeatureMap
+from cached_tx.ops.projections import Rows
 from cached_tx.ops.sums import (
   EMPTY,
   Part,
@@ -36,7 +37,6 @@ __all__ = ["PrefixSums", "favor_attention", "favor_bidirectional", "no_sums"]
 FORMS = ("associative", "scan")
 # A denominator this small comes of features that underflowed: the output is 0.
 FLOOR = 1e-30
-Rows = Float[Array, "M K"] | None
 Keys = Float[Array, "B S H K"]
 
 
@@ -63,7 +63,7 @@ def favor_attention(
   q: Heads,
   k: Heads,
   v: Float[Array, "B L H Kv"],
-  w: Rows,
+  w: Rows | None,
   segment: Segment,
   sums: PrefixSums,
   *,
@@ -119,7 +119,7 @@ def favor_bidirectional(
   q: Float[Array, "B L H K"],
   k: Keys,
   v: Float[Array, "B S H Kv"],
-  w: Rows,
+  w: Rows | None,
   *,
   queries: Mask | None = None,
   keys: Bool[Array, "B S"] | None = None,
@@ -158,7 +158,7 @@ def favor_bidirectional(
 def favor_sums(
   k: Heads,
   v: Float[Array, "B L H Kv"],
-  w: Rows,
+  w: Rows | None,
   segment: Segment,
   *,
   features: FeatureMap = FEATURES["positive"],
@@ -180,7 +180,7 @@ def favor_sums(
 
 
 def _summed(
-  how: _How, k: Keys, v: Array, w: Rows, shown: Bool[Array, "B S"]
+  how: _How, k: Keys, v: Array, w: Rows | None, shown: Bool[Array, "B S"]
 ) -> Sums:
   """The sums over all shown keys."""
   k = jnp.where(shown[..., None, None], k, 0)
@@ -242,13 +242,13 @@ def _divided(total: Float[Array, "... K1"]) -> tuple[Array, Array]:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _causal(how: _How, tokens: _Tokens, w: Rows, sums: Sums) -> tuple[Array, Sums]:
+def _causal(how: _How, tokens: _Tokens, w: Rows | None, sums: Sums) -> tuple[Array, Sums]:
   (out, _), after, _ = _forward(how, tokens, w, sums)
   return out, after
 
 
 def _forward(
-  how: _How, tokens: _Tokens, w: Rows, sums: Sums
+  how: _How, tokens: _Tokens, w: Rows | None, sums: Sums
 ) -> tuple[tuple[Array, Array], Sums, Sums]:
   """Output and denominators, the sums afterwards, and those before every span."""
   B, L, H, K = tokens.v.shape
@@ -374,7 +374,7 @@ def _chunks(how: _How, tokens: _Tokens) -> _Chunks:
   return _Chunks(q, k, v, *flags)
 
 
-def _mapped(how: _How, w: Rows, x: Array) -> tuple[Array, Array]:
+def _mapped(how: _How, w: Rows | None, x: Array) -> tuple[Array, Array]:
   found = how.features(x, w)
   return found.values, found.scale
 
@@ -387,7 +387,7 @@ def _by_form(how: _How, scan: Any, associative: Any, *args: Any) -> Any:
 
 
 def _span(
-  how: _How, tokens: _Tokens, w: Rows, sums: Sums
+  how: _How, tokens: _Tokens, w: Rows | None, sums: Sums
 ) -> tuple[tuple[Array, Array], Sums]:
   """Output and denominators of a span, and the sums after it."""
   precision = _precision(tokens.v)
@@ -437,7 +437,7 @@ def _prefix(
 
 
 def _span_pull(
-  how: _How, tokens: _Tokens, w: Rows, sums: Sums, ahead: Array, after: Array
+  how: _How, tokens: _Tokens, w: Rows | None, sums: Sums, ahead: Array, after: Array
 ) -> tuple[tuple[Array, Array, Array], Array]:
   """Cotangents of a span's q, k and v, and of the sums before it.
 

@@ -179,10 +179,25 @@ def _products(x: Float[Array, "... K"], w: Rows) -> Float[Array, "... M"]:
 def _half_square(
   x: Float[Array, "... K"],
 ) -> tuple[Float[Array, "..."], Float[Array, "... 1"]]:
-  """|x|^2 / 2 as a constant, and a factor 1 that has the gradient of |x|^2 / 2."""
+  """|x|^2 / 2 as a constant, and a factor 1 that has the gradient of exp(|x|^2 / 2)."""
   half = jnp.sum(x * x, axis=-1) / 2
-  constant = jax.lax.stop_gradient(half)
-  return constant, jnp.exp(half - constant)[..., None]
+  return jax.lax.stop_gradient(half), _one(half)[..., None]
+
+
+@jax.custom_jvp
+def _one(exponent: Array) -> Array:
+  """exp(x - c) where c, a constant, equals x.
+
+  Not computed as such: compiled, x and c may be rounded apart, and where both are 1e12
+  their difference is then far from 0.
+  """
+  return jnp.ones_like(exponent)
+
+
+@_one.defjvp
+def _one_jvp(at: tuple[Array], slope: tuple[Array]) -> tuple[Array, Array]:
+  one = _one(*at)
+  return one, one * slope[0]
 
 
 FEATURES: dict[str, FeatureMap] = {

@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from cached_tx.ops.favor import Rows, favor_attention, favor_sums
+from cached_tx.ops.favor import favor_attention, favor_sums
+from cached_tx.ops.projections import Rows
 from cached_tx.ops.sums import Part, PrefixSums, Sums, joined, packed, unpacked
 from cached_tx.types import Heads, Segment
 
@@ -22,7 +23,7 @@ def favor_over(
   q: Heads,
   k: Heads,
   v: Float[Array, "B L H Kv"],
-  w: Rows,
+  w: Rows | None,
   segment: Segment,
   sums: PrefixSums,
   **options: Any,

@@ -308,7 +308,9 @@ def test_the_sums_of_a_call_are_those_of_its_last_documents():
   valid = np.random.default_rng(8).random((B, L)) < 0.8
   with precision("float64"):
     _, want = run(q, k, v, w, starts, valid)
-    part = favor_sums(k, v, w, Segment(starts, valid), span=4)
+    part = jax.jit(lambda *args: favor_sums(*args, Segment(starts, valid), span=4))(
+      k, v, w
+    )
     assert_near(unpacked(part.sums), want, 1e-13)
     np.testing.assert_array_equal(part.fresh[:, 0], (starts & valid).any(axis=1))
 
@@ -333,6 +335,7 @@ def test_equals_the_definition_computed_elsewhere(scale, form, masked):
   name = f"{'bi' if both else 'uni'}_s{scale}_{'mask' if masked else 'nomask'}__"
   q, k = (np.float64(z[x] * np.float32(scale)) for x in "qk")  # scaled in float32 there
   v, w, direction = (np.float64(z[x]) for x in ("v", "W", "cotangent"))
+  w = jnp.asarray(w)
   factor = 16**-0.25
   starts = np.zeros(q.shape[:2], bool)
   valid = z["mask"] if masked else None
