@@ -251,10 +251,8 @@ def plot_errors(found: list[dict[str, Any]], path: Any) -> None:
         )
         if own in z.files:
           axes.plot(z["ms"], z[own], "x", color=COLOURS[name], markersize=5)
-      level = float(error(unknowing[causal], wanted[causal]))
-      axes.axhline(level, color="#6b6b6b", linewidth=1, zorder=1)
-      axes.annotate("equal weights", (8, level), (0, 3), textcoords="offset points",
-                    fontsize=9, color="#6b6b6b")  # fmt: skip
+      blind = float(error(unknowing[causal], wanted[causal]))
+      level = axes.axhline(blind, color="#6b6b6b", linewidth=1, zorder=1)
       words = "causal" if causal else "bidirectional"
       axes.set_title(f"{words}, q and k of {scale:g} N(0, 1)", fontsize=11, loc="left")
       axes.set_xticks(COUNTS, [str(count) for count in COUNTS], minor=False)
@@ -264,14 +262,20 @@ def plot_errors(found: list[dict[str, Any]], path: Any) -> None:
     line[0].set_ylabel("mean squared error of the output")
   for axes in panels[1]:
     axes.set_xlabel("rows M (hyperbolic and trigonometric: 2M features)")
+    axes.set_ylim(top=100)  # trigonometric features go far beyond
   handles, labels = panels[0, 0].get_legend_handles_labels()
   order = np.argsort(labels, kind="stable")
   handles, labels = ([x[i] for i in order] for x in (handles, labels))
-  cross = figure.axes[0].plot([], [], "x", color="black", markersize=5)[0]
+  cross = panels[0, 0].plot([], [], "x", color="black", markersize=5)[0]
+  band = panels[0, 0].fill_between([], [], [], color="black", alpha=0.12, lw=0)
   figure.legend(
-    [*handles, cross], [*labels, "measured elsewhere"], loc="outside lower center",
-    ncols=4, frameon=False, fontsize=9,
-  )  # fmt: skip
+    [*handles, cross, band, level],
+    [*labels, "measured elsewhere", "10 to 90 % of the seeds", "equal weights"],
+    loc="outside lower center",
+    ncols=4,
+    frameon=False,
+    fontsize=9,
+  )
   figure.savefig(path, dpi=130)
 
 
@@ -286,7 +290,7 @@ def plot_variance(found: dict[str, Any], path: Any) -> None:
   rare = deviation(length, angle, found["samples"]) > 0.2
   figure = _figure(14.0, 4.6)
   panels = figure.subplots(1, 3)
-  titles = (f"sampled, {found['samples']:,} rows a cell", "Lemma 2")
+  titles = (f"sampled, {found['samples']:,} rows a cell (white: too few)", "Lemma 2")
   for axes, values, title in zip(
     panels, (np.where(rare, np.nan, sampled), closed), titles, strict=False
   ):
@@ -296,9 +300,8 @@ def plot_variance(found: dict[str, Any], path: Any) -> None:
     )
     axes.set_title(title, fontsize=11, loc="left")
     axes.set_ylabel("length")
-  figure.colorbar(
-    mesh, ax=panels[:2], extend="both", label="log10 of MSE trigonometric / positive"
-  )
+  figure.colorbar(mesh, ax=panels[:2], extend="both")
+  figure.suptitle("log10 of the error of trigonometric over that of positive features")
   fine = np.pi * (np.arange(400) - 199.5) / 200  # not 0, where one error is 0
   for row, colour in zip((24, 29, 34), ("#2f6db3", "#3a8f5c", "#c8553d"), strict=True):
     line = ratio(closed_form(lengths[row], fine))
@@ -308,7 +311,6 @@ def plot_variance(found: dict[str, Any], path: Any) -> None:
   panels[2].axhline(0, color="#6b6b6b", linewidth=1, zorder=1)
   panels[2].set_ylim(-5, 7)
   panels[2].set_title("points: sampled; lines: Lemma 2", fontsize=11, loc="left")
-  panels[2].set_ylabel("log10 of MSE trigonometric / positive")
   panels[2].legend(frameon=False, fontsize=9)
   panels[2].spines[["top", "right"]].set_visible(False)
   for axes in panels:

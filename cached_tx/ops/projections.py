@@ -81,7 +81,7 @@ def hadamard(key: Array, features: int, width: int) -> Rows:
       "are made for powers of two; choose another width of heads, or another "
       "memory.projection: orthogonal or regularised"
     )
-  H = _hadamard_matrix(width)
+  H = jnp.asarray(_hadamard_matrix(width))
   blocks = -(-features // width)
   signs = jax.random.rademacher(key, (blocks, 3, width), jnp.float32)
   product = H[None]  # all of it times K^1.5
