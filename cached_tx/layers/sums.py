@@ -78,6 +78,13 @@ class SumsAttention(MemoryAttention):
       q, k = rotate(q, place), rotate(k, place)
     scale = self.head_width**-0.25
     out, sums = favor_attention(
-      q * scale, k * scale, v, draw, segment, state.sums, chunk=self.memory.chunk
+      q * scale,
+      k * scale,
+      v,
+      draw,
+      segment,
+      state.sums,
+      features=self.memory.mapping,
+      chunk=self.memory.chunk,
     )
     return out, FavorState(sums, position), {}

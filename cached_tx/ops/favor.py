@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from cached_tx.ops.features import FEATURES, FeatureMap
@@ -37,6 +38,7 @@ __all__ = ["PrefixSums", "favor_attention", "favor_bidirectional", "no_sums"]
 FORMS = ("associative", "scan")
 # A denominator this small comes of features that underflowed: the output is 0.
 FLOOR = 1e-30
+SPAN = 2048
 Keys = Float[Array, "B S H K"]
 
 
@@ -69,7 +71,7 @@ def favor_attention(
   *,
   features: FeatureMap = FEATURES["positive"],
   chunk: int = 128,
-  span: int = 2048,
+  span: int | None = None,
   form: str | None = None,
 ) -> tuple[Float[Array, "B L H Kv"], PrefixSums]:
   """Causal attention, in time linear in L.
@@ -91,7 +93,8 @@ def favor_attention(
     features: of queries and keys.
     chunk: tokens per chunk. It changes speed and memory, not the estimate; L need not
       be a multiple.
-    span: tokens whose features and sums exist at a time. A multiple of `chunk`.
+    span: tokens whose features and sums exist at a time, a multiple of `chunk`. None:
+      2048, or as many whole chunks as fit.
     form: associative or scan. None: the scan on a CPU, where it is faster.
 
   Returns:
@@ -103,6 +106,8 @@ def favor_attention(
   Raises:
     ValueError: for a `chunk`, `span` or `form` that is not one.
   """
+  if span is None:
+    span = max(SPAN // max(chunk, 1), 1) * chunk
   if chunk < 1 or span < chunk or span % chunk:
     raise ValueError(
       f"chunk is {chunk} and span {span}; chunk must be 1 or more, and span a multiple"
@@ -124,7 +129,7 @@ def favor_bidirectional(
   queries: Mask | None = None,
   keys: Bool[Array, "B S"] | None = None,
   features: FeatureMap = FEATURES["positive"],
-  span: int = 2048,
+  span: int = SPAN,
 ) -> Float[Array, "B L H Kv"]:
   """Attention of every query to every key, in time linear in L and S.
 
@@ -162,7 +167,7 @@ def favor_sums(
   segment: Segment,
   *,
   features: FeatureMap = FEATURES["positive"],
-  span: int = 2048,
+  span: int = SPAN,
 ) -> Part:
   """The sums over the keys of each row's last document in this call, and no others.
 
@@ -242,7 +247,9 @@ def _divided(total: Float[Array, "... K1"]) -> tuple[Array, Array]:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _causal(how: _How, tokens: _Tokens, w: Rows | None, sums: Sums) -> tuple[Array, Sums]:
+def _causal(
+  how: _How, tokens: _Tokens, w: Rows | None, sums: Sums
+) -> tuple[Array, Sums]:
   (out, _), after, _ = _forward(how, tokens, w, sums)
   return out, after
 
@@ -272,7 +279,7 @@ def _forward(
   now, after = _span(how, rest, w, last)
   found = jax.tree.map(lambda x, part: _put(x, part, full * how.span), found, now)
   befores = jax.tree.map(lambda x, y: jnp.concatenate([x, y[None]]), befores, last)
-  return tuple(map(_number, found, dtypes)), after, befores
+  return (_number(found[0], dtypes[0]), _number(found[1], dtypes[1])), after, befores
 
 
 def _causal_forward(how, tokens, w, sums):
@@ -314,7 +321,8 @@ def _causal_backward(how, saved, cotangents):
     q, k, v = map(_number, found, [x.dtype for x in tokens[:3]])
   nothing = None if w is None else jnp.zeros_like(w)
   top = jnp.zeros_like(befores.top[0])
-  return _Tokens(q, k, v, None, None), nothing, Sums(after, top)
+  flags: Any = [np.zeros(x.shape, jax.dtypes.float0) for x in tokens[3:]]
+  return _Tokens(q, k, v, *flags), nothing, Sums(after, top)
 
 
 _causal.defvjp(_causal_forward, _causal_backward)
@@ -498,4 +506,5 @@ def _span_pull(
   given = (_chunks(how, tokens), _chunked(ahead, how.chunk), sums, after)
   slopes, after = _by_form(how, scan, associative, *given)
   shown = tokens.shown[..., None, None]
-  return tuple(jnp.where(shown, _joined(x, size), 0) for x in slopes), after
+  q, k, v = (jnp.where(shown, _joined(x, size), 0) for x in slopes)
+  return (q, k, v), after

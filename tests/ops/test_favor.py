@@ -141,7 +141,9 @@ def test_gradients_by_the_sums_before_equal_finite_differences():
     rng = np.random.default_rng(3)
     for _ in range(3):
       way = tuple(rng.normal(size=x.shape) for x in at)
-      move = lambda e, way=way: total(*(x + e * d for x, d in zip(at, way, strict=True)))
+      move = lambda e, way=way: total(
+        *(x + e * d for x, d in zip(at, way, strict=True))
+      )
       want = (move(1e-5) - move(-1e-5)) / 2e-5
       slope = sum((g * d).sum() for g, d in zip(got, way, strict=True))
       np.testing.assert_allclose(slope, want, rtol=1e-7)
@@ -358,7 +360,6 @@ def test_equals_the_definition_computed_elsewhere(scale, form, masked):
     for slope, letter in zip(found, "qkv", strict=True):
       want = z[name + f"d{letter}"]
       np.testing.assert_allclose(slope, want, rtol=0, atol=2e-7 * np.abs(want).max())
-
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -84,7 +84,9 @@ def test_only_the_sums_of_each_device_cross():
   sums = no_sums(B, H, R, K)
   attend = over(8)
   state = B * H * (R * (K + 1) + 2) * 4
-  assert crossing(attend, q, k, v, w, starts, valid, sums) == [("all-gather", 8 * state)]
+  assert crossing(attend, q, k, v, w, starts, valid, sums) == [
+    ("all-gather", 8 * state)
+  ]
 
   def slopes(q, k, v):
     out, pull = jax.vjp(lambda *x: attend(*x, w, starts, valid, sums)[0], q, k, v)

@@ -235,7 +235,7 @@ def favor(params, positions, tokens, w):
   _, H, K = wq.shape
   R = len(w)
   values, keys, place, outs = np.zeros((H, R, K)), np.zeros((H, R)), 0, []
-  phi = lambda x: np.exp(w @ x - x @ x / 2)
+  phi = lambda x: np.exp(w @ x - x @ x / 2) / np.sqrt(len(w))
   for x, start in tokens:
     if start:
       values, keys, place = np.zeros((H, R, K)), np.zeros((H, R)), 0
