@@ -6,8 +6,11 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
+from benchmarks import attention_rivals as rivals
 from benchmarks import features
+from cached_tx.ops.favor import favor_attention, no_sums
 from cached_tx.ops.features import FEATURES
+from cached_tx.types import Segment
 from tests.kinds import some
 from tests.reference import official_favor as official
 
@@ -98,3 +101,45 @@ def test_plots(tmp_path):
   )
   assert imread(tmp_path / "error.png").shape[:2] == (1105, 1430)
   assert imread(tmp_path / "v.png").shape[:2] == (598, 1820)
+
+
+def small(seed=0, length=23):
+  """q, k, v and w of two heads, at half scale."""
+  rng = np.random.default_rng(seed)
+  q, k, v = (
+    jnp.asarray(0.5 * rng.normal(size=(1, length, 2, 16)), jnp.float32) for _ in "qkv"
+  )
+  return q, k, v, jnp.asarray(rng.normal(size=(40, 16)), jnp.float32)
+
+
+def test_the_official_algorithm_is_the_one_of_the_reference():
+  q, k, v, w = small()
+  rows = official.features("pos", 2 * q, 2 * k, w)  # which it scales by 16 ** -0.25
+  want = official.attention(*rows, v, True)
+  np.testing.assert_allclose(rivals.official(q, k, v, w), want, rtol=0, atol=1e-5)
+
+
+def test_its_gradients_are_those_of_all_pairs():
+  q, k, v, w = small(1)
+
+  def pairs(q, k, v):
+    q = rivals._stabilised(q, w, (-1,))
+    k = rivals._stabilised(k, w, (-1, -3))
+    both = jnp.tril(jnp.einsum("bqhr,bshr->bhqs", q, k))
+    both = both / both.sum(axis=-1, keepdims=True)
+    return jnp.einsum("bhqs,bshk->bqhk", both, v)
+
+  slopes = lambda f: jax.grad(lambda *x: (f(*x) ** 2).sum(), argnums=(0, 1, 2))(q, k, v)
+  got = slopes(lambda *x: rivals.official(*x, w))
+  for a, b in zip(got, slopes(pairs), strict=True):
+    np.testing.assert_allclose(a, b, rtol=0, atol=1e-4 * np.abs(b).max())
+
+
+def test_kinds_agree_but_for_epsilon():
+  inputs = small(2)
+  want = jax.jit(rivals.naive)(*inputs)
+  q, k, v, w = inputs
+  sums = no_sums(1, 2, 40, 16)
+  segment = Segment(jnp.zeros(q.shape[:2], bool))
+  got, _ = favor_attention(q, k, v, w, segment, sums)
+  np.testing.assert_allclose(got, want, rtol=0, atol=1e-3 * np.abs(want).max())
