@@ -12,7 +12,8 @@ GLIBC_TUNABLES=glibc.malloc.hugetlb=1 JAX_NUM_CPU_DEVICES=2 \
 A step is forward, backward, clipping and Adam in float32, dropout 0.1. A case's time is
 compared with a product of 2048 x 2048 matrices in the same round, since machines that
 are shared change their speed. The authors' PyTorch code is not run here: it was
-measured once, see benchmarks/results/xl_official.json. The column "scaled" supposes
+measured once, see benchmarks/results/xl_official.json, and in turns with this one in
+benchmarks/results/xl_beside_torch.jsonl. The column "scaled" supposes
 that it would slow down as the product does; 1 is its speed. Records are lines of
 benchmarks/results/xl_speed.jsonl.
 """

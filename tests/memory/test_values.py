@@ -36,7 +36,7 @@ def test_rows_that_were_moved_go_on_as_before(kind, pieces):
   segment = Segment(begun)
   rows = [[1], [0]]  # of the first state and of the second one
   mixed = stack_rows([pick_rows(s, r) for s, r in zip(states, rows, strict=True)])
-  assert row_count(mixed) == 2
+  assert row_count(mixed) == (2 if jax.tree.leaves(mixed) else 0)  # of none: nothing
   got, after, _ = own.apply(own.params, more, mixed, segment)
   for number, [row] in enumerate(rows):
     fed = more if row == number else more[::-1]
