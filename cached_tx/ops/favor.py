@@ -33,7 +33,13 @@ from cached_tx.ops.sums import (
 )
 from cached_tx.types import Heads, Mask, Segment
 
-__all__ = ["PrefixSums", "favor_attention", "favor_bidirectional", "no_sums"]
+__all__ = [
+  "PrefixSums",
+  "favor_attention",
+  "favor_bidirectional",
+  "favor_sums",
+  "no_sums",
+]
 
 FORMS = ("associative", "scan")
 # A denominator this small comes of features that underflowed: the output is 0.
@@ -104,7 +110,8 @@ def favor_attention(
     flow to q, k, v, `sums.values` and `sums.keys`; none to w and `sums.top`.
 
   Raises:
-    ValueError: for a `chunk`, `span` or `form` that is not one.
+    ValueError: for a `chunk`, `span` or `form` that is not one, and for sums that are
+      of other features.
   """
   if span is None:
     span = max(SPAN // max(chunk, 1), 1) * chunk
@@ -114,6 +121,12 @@ def favor_attention(
     )
   if form is not None and form not in FORMS:
     raise ValueError(f"form is {form!r}; one of {', '.join(FORMS)}, or None")
+  made = features.count(None if w is None else w.shape[0], q.shape[-1])
+  if sums.values.shape[2:] != (made, v.shape[-1]):
+    raise ValueError(
+      f"sums are of {sums.values.shape[2]} features and values {sums.values.shape[3]} "
+      f"wide, but there are {made} features and values {v.shape[-1]} wide"
+    )
   how = _How(features, chunk, span, form)
   tokens = _Tokens(q, k, v, segment.starts & segment.real, segment.real)
   out, after = _causal(how, tokens, w, packed(sums))

@@ -322,6 +322,8 @@ def test_what_does_not_fit_is_refused():
   for options in ({"chunk": 0}, {"chunk": 8, "span": 4}, {"chunk": 4, "span": 6}):
     with pytest.raises(ValueError, match="span a multiple"):
       run(q, k, v, w, starts, **options)
+  with pytest.raises(ValueError, match=r"of 10 features .* there are 6 features"):
+    run(q, k, v, w, starts, sums=nothing(), kind="elu1")
   with pytest.raises(ValueError, match="associative, scan"):
     run(q, k, v, w, starts, form="loop")
 
