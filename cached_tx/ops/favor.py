@@ -311,8 +311,11 @@ def _causal_backward(how, saved, cotangents):
     cut = lambda x: _cut(x, at, size)
     before = jax.tree.map(lambda x: x[n], befores)
     ahead = cut(slope).astype(before.both.dtype)
-    ahead = ahead / cut(below)[..., None]  # of the numerator
-    own = -(ahead * cut(out)).sum(axis=-1, keepdims=True)  # of the denominator
+    # Of the numerator, then the denominator. Where no gradient comes from, none goes,
+    # even if the output is no number.
+    ahead = jnp.where(ahead == 0, 0, ahead / cut(below)[..., None])
+    own = jnp.where(ahead == 0, 0, ahead * cut(out))
+    own = -own.sum(axis=-1, keepdims=True)
     both = jnp.concatenate([ahead, own], axis=-1)
     return _span_pull(how, jax.tree.map(cut, tokens), w, before, both, after)
 
