@@ -16,6 +16,7 @@ import argparse
 import contextlib
 import functools
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -28,7 +29,7 @@ import jax.numpy as jnp
 
 from benchmarks import attention_rivals as rivals
 from benchmarks.machine import ROOT, describe
-from benchmarks.records import RESULTS, append, lines
+from benchmarks.records import RESULTS, alike, append, measured_by
 from benchmarks.timing import matmul_rate
 from cached_tx.ops.favor import favor_attention, no_sums
 from cached_tx.ops.projections import project
@@ -119,14 +120,20 @@ def torch_process(python: str | None) -> Iterator[Callable[..., dict[str, Any]] 
     return
   path = ROOT / "benchmarks" / "attention_torch.py"
   with subprocess.Popen(
-    [python, str(path), "2"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    [python, str(path), str(os.cpu_count())],
+    stdin=subprocess.PIPE,
+    stdout=subprocess.PIPE,
+    text=True,
   ) as process:
 
     def ask(kind: str, length: int, name: str) -> dict[str, Any]:
       request = {"kind": kind, "length": length, "backward": name == "both"}
       process.stdin.write(json.dumps(request) + "\n")
       process.stdin.flush()
-      return json.loads(process.stdout.readline())
+      answer = process.stdout.readline()
+      if not answer:
+        raise SystemExit(f"{python} ended with {process.wait()}")
+      return json.loads(answer)
 
     yield ask
     process.stdin.close()
@@ -183,8 +190,8 @@ def _measure(length, dtype, rounds, ask, about):
 
 
 def newest() -> list[dict[str, Any]]:
-  """The last record of every kind, length and dtype."""
-  found = lines(RESULTS / "attention.jsonl")
+  """The last record of every kind, length and dtype, by the newest program."""
+  found = alike(measured_by("attention.jsonl", None))
   return [*{(r["kind"], r["length"], r["dtype"]): r for r in found}.values()]
 
 

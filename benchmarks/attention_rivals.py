@@ -21,15 +21,17 @@ def official(q, k, v, w):
   Its backward pass gets earlier sums by taking keys off again. Keys are stabilised by
   the largest exponent of the whole sequence, which lets outputs depend on later keys.
   """
+  dtype, v = v.dtype, v.astype(jnp.float32)
   q, k = _stabilised(q, w, (-1,)), _stabilised(k, w, (-1, -3))
   q, k, v = (jnp.moveaxis(x, 1, 0) for x in (q, k, v))  # L B H ...
   above = _products(q, k, v)
   below = _products(q, k, jnp.ones_like(v[..., :1]))
   below = below + 2 * STABILISER * (jnp.abs(below) <= STABILISER)
-  return jnp.moveaxis(above / below, 0, 1)
+  return jnp.moveaxis(above / below, 0, 1).astype(dtype)
 
 
 def _stabilised(x, w, axes):
+  x = x.astype(jnp.float32)
   a = jnp.einsum("blhk,rk->blhr", x, w, precision="highest")
   top = jax.lax.stop_gradient(a.max(axis=axes, keepdims=True))
   half = jnp.sum(x * x, axis=-1, keepdims=True) / 2
@@ -74,8 +76,9 @@ _products.defvjp(_products_forward, _products_backward)
 
 def naive(q, k, v, w):
   """A prefix sum over tokens by an associative scan: every token keeps its state."""
+  dtype, v = v.dtype, v.astype(jnp.float32)
   q, k = _stabilised(q, w, (-1,)), _stabilised(k, w, (-1, -3))
   sums = jax.lax.associative_scan(jnp.add, k[..., None] * v[..., None, :], axis=1)
   keys = jax.lax.associative_scan(jnp.add, k, axis=1)
   above = jnp.einsum("blhr,blhrk->blhk", q, sums)
-  return above / jnp.einsum("blhr,blhr->blh", q, keys)[..., None]
+  return (above / jnp.einsum("blhr,blhr->blh", q, keys)[..., None]).astype(dtype)

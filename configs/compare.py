@@ -22,10 +22,24 @@ MEMORIES = {
     loss="attention",
   ),
   "grc": dict(kind="grc", size=32, ratio=0.5),
-  "favor": dict(kind="favor", features=64, chunk=64, seed=0),
+  "favor": dict(
+    kind="favor",
+    features=64,
+    kernel="positive",
+    projection="orthogonal",
+    chunk=64,
+    seed=0,
+  ),
   "xl+favor": dict(
     xl=dict(kind="xl", size=32),
-    favor=dict(kind="favor", features=64, chunk=64, seed=0),
+    favor=dict(
+      kind="favor",
+      features=64,
+      kernel="positive",
+      projection="orthogonal",
+      chunk=64,
+      seed=0,
+    ),
   ),
 }
 PATTERNS = {"xl+favor": ("xl", "favor", "xl")}  # of the three layers

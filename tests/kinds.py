@@ -69,6 +69,8 @@ MEMORIES = {
     (GRCMemory(3, 0.5, summary="attention", candidate="gelu", inner=5),), "relative"
   ),
   "favor": Kind((FavorMemory(features=8, chunk=3),)),
+  "favor-elu1": Kind((FavorMemory(kernel="elu1", projection="none", chunk=3),)),
+  "favor-hyperbolic": Kind((FavorMemory(features=8, kernel="hyperbolic", chunk=3),)),
   "xl+favor": Kind((XLMemory(3), FavorMemory(features=8, chunk=128)), "none"),
 }
 
@@ -82,6 +84,8 @@ VARIANTS = (
   "compressive-used",
   "compressive-dilated",
   "grc+xl",
+  "favor-elu1",
+  "favor-hyperbolic",
 )
 
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
+from benchmarks import attention, features
 from benchmarks import attention_rivals as rivals
-from benchmarks import features
 from cached_tx.ops.favor import favor_attention, no_sums
 from cached_tx.ops.features import FEATURES
 from cached_tx.types import Segment
@@ -144,3 +144,11 @@ def test_kinds_agree_but_for_epsilon():
   got, _ = favor_attention(q, k, v, w, segment, sums)
   # The others add 1e-6 to features. Measured: 1.7e-3.
   np.testing.assert_allclose(got, want, rtol=0, atol=5e-3 * np.abs(want).max())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_every_kind_can_be_timed(dtype):
+  for attend in attention.JAX_KINDS.values():
+    case = attention.Case(attend, 16, dtype)
+    assert case.seconds("both") > 0
+    assert case.temporary["both"] > 0

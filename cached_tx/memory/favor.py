@@ -30,7 +30,8 @@ class FavorMemory(MemoryModule):
     kernel: what the features stand for: positive, hyperbolic or trigonometric
       features of the softmax kernel; relu, elu1 or squares as kernels of their own.
     projection: orthogonal, iid, regularised or hadamard rows; none, for kernels of
-      their own alone: features of queries and keys as they are, `features` unused.
+      their own alone: features of queries and keys as they are; `features`, which must
+      then be left at its default, and `seed` mean nothing.
     chunk: tokens per block of the scan; changes speed, not results.
     seed: of the projections, drawn for every layer as a function of (seed, layer).
   """
@@ -76,7 +77,7 @@ class FavorMemory(MemoryModule):
       if self.features != type(self).features:
         raise ValueError(
           f"memory.features is {self.features}, which counts rows of a projection, but "
-          "memory.projection is 'none': leave it out"
+          f"memory.projection is 'none': leave it at {type(self).features}"
         )
     jax.eval_shape(lambda: self.draw(0, width, heads))  # what the width cannot have
 

@@ -23,6 +23,7 @@ from cached_tx.ops.sums import (
   added,
   asked,
   extended,
+  faded,
   joined,
   mixed,
   no_sums,
@@ -87,7 +88,7 @@ def favor_attention(
   joins the sums of all chunks at once, or a scan takes chunk after chunk. Spans
   follow one another in either form, and the backward pass computes features and sums
   of one span at a time anew, so that memory beyond arguments and results is that of
-  one span and of one state per span.
+  one span, of one state per span and of one number per token and head.
 
   Args:
     q, k: any float dtype, both already scaled by K ** -0.25.
@@ -101,7 +102,8 @@ def favor_attention(
       be a multiple.
     span: tokens whose features and sums exist at a time, a multiple of `chunk`. None:
       2048, or as many whole chunks as fit.
-    form: associative or scan. None: the scan on a CPU, where it is faster.
+    form: associative or scan. None: the scan on a CPU, where it needs a third of the
+      memory and is faster forward, though not backward.
 
   Returns:
     The output, 0 at padding and where no key is valid, and `sums` extended by these
@@ -129,8 +131,10 @@ def favor_attention(
     )
   how = _How(features, chunk, span, form)
   tokens = _Tokens(q, k, v, segment.starts & segment.real, segment.real)
-  out, after = _causal(how, tokens, w, packed(sums))
-  return out, unpacked(after)
+  wide = jnp.promote_types(jnp.result_type(q, k, v), sums.values.dtype)
+  before = jax.tree.map(lambda x: x.astype(wide), packed(sums))
+  out, after = _causal(how, tokens, _constant(w), before)
+  return out, unpacked(jax.tree.map(lambda x: x.astype(sums.values.dtype), after))
 
 
 def favor_bidirectional(
@@ -156,11 +160,12 @@ def favor_bidirectional(
   Returns:
     The output, 0 where there is no key. Gradients flow to q, k and v.
   """
+  _check_span(span)
+  w = _constant(w)
   everything = lambda x: jnp.ones(x.shape[:2], bool)
   keys = everything(k) if keys is None else keys
   queries = everything(q) if queries is None else queries
-  how = _How(features, span, span, None)
-  sums = _summed(how, k, v, w, keys)
+  sums = _summed(features, span, k, v, w, keys)
 
   @jax.checkpoint
   def ask(q):
@@ -190,29 +195,44 @@ def favor_sums(
     The sums, and whether a document begins in this call, by row. Gradients flow to k
     and v.
   """
+  _check_span(span)
   starts, real = segment.starts & segment.real, segment.real
   begun = jnp.cumsum(starts, axis=1)
   last = real & (begun == begun[:, -1:])
   fresh = jnp.broadcast_to(starts.any(axis=1)[:, None], (k.shape[0], k.shape[2]))
-  return Part(_summed(_How(features, span, span, None), k, v, w, last), fresh)
+  return Part(_summed(features, span, k, v, _constant(w), last), fresh)
+
+
+def _check_span(span: int) -> None:
+  if span < 1:
+    raise ValueError(f"span is {span}; it counts tokens: 1 or more")
+
+
+def _constant(w: Rows | None) -> Rows | None:
+  return None if w is None else jax.lax.stop_gradient(w)
 
 
 def _summed(
-  how: _How, k: Keys, v: Array, w: Rows | None, shown: Bool[Array, "B S"]
+  features: FeatureMap,
+  span: int,
+  k: Keys,
+  v: Array,
+  w: Rows | None,
+  shown: Bool[Array, "B S"],
 ) -> Sums:
   """The sums over all shown keys."""
   k = jnp.where(shown[..., None, None], k, 0)
   v = jnp.where(shown[..., None, None], v, 0)
-  k, v, shown = (_spans(x, how.span) for x in (k, v, shown))
+  k, v, shown = (_spans(x, span) for x in (k, v, shown))
   # Scales are computed once: twice, large ones might differ.
-  scale = jax.lax.map(lambda k: how.features(k, w).scale, k)
+  scale = jax.lax.map(lambda k: features(k, w).scale, k)
   scale = jnp.where(shown[..., None], jax.lax.stop_gradient(scale), EMPTY)  # N B T H
   top = scale.max(axis=(0, 2))
   share = jnp.where(shown[..., None], jnp.exp(scale - top[None, :, None]), 0)
 
   @jax.checkpoint
   def part(k, v, share):
-    values = how.features(k, w).values
+    values = features(k, w).values
     both = _with_ones(v, values.dtype) * share[..., None]
     return _einsum(v, "bthr,bthk->bhrk", values, both)
 
@@ -246,14 +266,17 @@ def _with_ones(v: Array, dtype: Any) -> Array:
 
 
 def _divided(total: Float[Array, "... K1"]) -> tuple[Array, Array]:
-  """Numerator by denominator, 0 where there is none; and the denominator."""
+  """Numerator by denominator, 0 where there is none; and the denominator.
+
+  It is infinite where no gradient can go.
+  """
   below = total[..., -1:]
   none = jnp.abs(below) <= FLOOR  # not so for NaN, which is to be seen
   below = jnp.where(none, 1, below)
   # By a constant first: the square of a small denominator would be 0 in the gradient.
   scale = jax.lax.stop_gradient(below)
   out = jnp.where(none, 0, (total[..., :-1] / scale) / (below / scale))
-  return out, jnp.where(none, jnp.inf, scale)[..., 0]
+  return out, jnp.where(none | jnp.isnan(below), jnp.inf, below)[..., 0]
 
 
 # The causal form. Forward and backward go over spans; a span is a batch of chunks.
@@ -476,7 +499,7 @@ def _span_pull(
 
   def features(x):
     values, pull, scale = jax.vjp(lambda x: _mapped(how, w, x), x, has_aux=True)
-    return values, lambda slope: pull(slope)[0], scale
+    return values, lambda slope: pull(slope.astype(values.dtype))[0], scale
 
   def scan(chunks, ahead, sums, after):
     def forth(sums, now):
@@ -495,7 +518,7 @@ def _span_pull(
       found = pulled(q, k, v, share, before, ahead, after, precision)
       slopes = pull_q(found.q), pull_k(found.k), found.v[..., :-1].astype(chunk.v.dtype)
       earlier = asked(q, share, ahead, precision)
-      return earlier + share.older[..., -1, None, None] * after, slopes
+      return earlier + faded(share.older[..., -1, None, None], after), slopes
 
     after, slopes = jax.lax.scan(back, after, (chunks, ahead, befores), reverse=True)
     return slopes, after
@@ -510,7 +533,7 @@ def _span_pull(
     decay = share.older[..., -1]
 
     def join(late, early):  # each: cotangent of the sums before, and what it decays by
-      return early[0] + early[1][..., None, None] * late[0], early[1] * late[1]
+      return early[0] + faded(early[1][..., None, None], late[0]), early[1] * late[1]
 
     own = jnp.concatenate([own, after[None]])
     decay = jnp.concatenate([decay, jnp.ones((1, *decay.shape[1:]), decay.dtype)])

@@ -167,8 +167,10 @@ def _generalised(
   epsilon: float,
 ) -> Mapped:
   values = function(x if w is None else _products(x, w)) + epsilon
-  scale = jnp.zeros(x.shape[:-1], x.dtype)
-  return Mapped(values, scale if w is None else scale - math.log(w.shape[0]) / 2)
+  top = jax.lax.stop_gradient(jnp.abs(values).max(axis=-1))
+  top = jnp.where(top > 0, top, 1)
+  rows = 1 if w is None else w.shape[0]
+  return Mapped(values / top[..., None], jnp.log(top) - math.log(rows) / 2)
 
 
 def _products(x: Float[Array, "... K"], w: Rows) -> Float[Array, "... M"]:

@@ -30,6 +30,18 @@ def favor_over(
 ) -> tuple[Float[Array, "B L H Kv"], PrefixSums]:
   """`favor_attention` inside `jax.shard_map`, the tokens being split over `axis`.
 
+  JAX cannot see that the sums returned are the same everywhere, so `shard_map` is to be
+  given check_vma=False:
+
+      split, same = P(None, "sequence"), P()
+      own = lambda q, k, v, w, starts, sums: favor_over(
+        "sequence", q, k, v, w, Segment(starts), sums
+      )
+      specs = (split, split, split, same, split, same)
+      jax.shard_map(
+        own, mesh=mesh, in_specs=specs, out_specs=(split, same), check_vma=False
+      )
+
   Args:
     axis: name of the mesh axis; its devices hold consecutive pieces of equal length.
     q, k, v, segment: the device's own tokens.
@@ -41,7 +53,8 @@ def favor_over(
     The output for the device's own tokens, and the sums after the last token of all,
     the same everywhere.
   """
-  shared = {key: options[key] for key in ("features", "span") if key in options}
+  named = ("features", "span")
+  shared = {key: options[key] for key in named if options.get(key) is not None}
   parts = _gathered(favor_sums(k, v, w, segment, **shared), axis)
   place = jax.lax.axis_index(axis)
   total = Part(packed(sums), jnp.zeros(sums.top.shape, bool))
@@ -60,8 +73,7 @@ def _gathered(own: Part, axis: str) -> Part:
   both, top = own.sums
   flat = both.reshape(*top.shape, -1)
   rest = jax.lax.stop_gradient(jnp.stack([top, own.fresh.astype(top.dtype)], axis=-1))
-  packed = jnp.concatenate([flat, rest], axis=-1)
-  found = jax.lax.all_gather(packed, axis)
+  found = jax.lax.all_gather(jnp.concatenate([flat, rest], axis=-1), axis)
   values = found[..., :-2].reshape(-1, *both.shape)
   found = jax.lax.stop_gradient(found[..., -2:])
   return Part(Sums(values, found[..., 0]), found[..., 1] > 0)

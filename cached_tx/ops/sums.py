@@ -135,8 +135,8 @@ def mixed(
 ) -> Float[Array, "... C K1"]:
   """Numerator and denominator of every token of a chunk."""
   dot = _dot(precision)
-  own = dot("...tr,...sr->...ts", q, k) * w.pairs
-  older = _faded(w.older[..., None], dot("...tr,...rk->...tk", q, sums.both))
+  own = faded(w.pairs, dot("...tr,...sr->...ts", q, k))
+  older = faded(w.older[..., None], dot("...tr,...rk->...tk", q, sums.both))
   return dot("...ts,...sk->...tk", own, v) + older
 
 
@@ -152,7 +152,7 @@ def added(
 
 def extended(own: Float[Array, "... R K1"], w: Weights, sums: Sums) -> Sums:
   """The sums after a chunk that brings `own`."""
-  older = _faded(w.older[..., -1, None, None], sums.both)
+  older = faded(w.older[..., -1, None, None], sums.both)
   return Sums(own + older, w.top[..., -1])
 
 
@@ -184,9 +184,9 @@ def pulled(
   """
   dot = _dot(precision)
   late = w.pairs[..., -1, :, None]
-  pairs = dot("...tk,...sk->...ts", out, v) * w.pairs
-  own = dot("...tr,...sr->...ts", q, k) * w.pairs
-  older = _faded(w.older[..., None], dot("...tk,...rk->...tr", out, sums.both))
+  pairs = faded(w.pairs, dot("...tk,...sk->...ts", out, v))
+  own = faded(w.pairs, dot("...tr,...sr->...ts", q, k))
+  older = faded(w.older[..., None], dot("...tk,...rk->...tr", out, sums.both))
   return Pulled(
     dot("...ts,...sr->...tr", pairs, k) + older,
     dot("...ts,...tr->...sr", pairs, q) + dot("...sk,...rk->...sr", v * late, after),
@@ -201,7 +201,7 @@ def asked(
   precision: jax.lax.PrecisionLike,
 ) -> Float[Array, "... R K1"]:
   """Cotangent of the sums before a chunk, by what `mixed` returned (`out`)."""
-  return _dot(precision)("...tr,...tk->...rk", q, out * w.older[..., None])
+  return _dot(precision)("...tr,...tk->...rk", q, faded(w.older[..., None], out))
 
 
 class Part(NamedTuple):
@@ -226,7 +226,7 @@ def joined(a: Part, b: Part) -> Part:
   return Part(Sums(both, top), a.fresh | b.fresh)
 
 
-def _faded(weight: Array, x: Array) -> Array:
+def faded(weight: Array, x: Array) -> Array:
   """Their product; 0 where the weight is, whatever x is there: 0 x NaN would be NaN."""
   return jnp.where(weight > 0, weight * x, 0)
 

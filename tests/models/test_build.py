@@ -139,6 +139,24 @@ REFUSED = {
   "inner": ({"memory": {"kind": "grc", "inner": -1}}, r"memory\.inner is -1"),
   "no channels": ({"memory": {"kind": "grc", "ratio": 0.01}}, r"0 channels"),
   "features": ({"memory": {"kind": "favor", "features": 0}}, r"memory\.features"),
+  "kernel": (
+    {"memory": {"kind": "favor", "kernel": "relu6"}},
+    r"memory\.kernel is 'relu6'; one of positive",
+  ),
+  "projection": (
+    {"memory": {"kind": "favor", "projection": "qr"}},
+    r"memory\.projection is 'qr'; one of iid",
+  ),
+  "no projection": (
+    {"memory": {"kind": "favor", "projection": "none"}},
+    r"memory\.kernel 'positive' is made of random rows",
+  ),
+  "unused features": (
+    {
+      "memory": {"kind": "favor", "projection": "none", "kernel": "elu1", "features": 9}
+    },
+    r"leave it at 128",
+  ),
   "relative sums": (
     {"model": {"positions": "relative"}, "memory": {"kind": "favor"}},
     r"model\.positions is 'relative'",

@@ -181,6 +181,20 @@ def test_the_future_changes_no_bit_of_a_prefix(scale, form):
     np.testing.assert_array_equal(got[:, :cut], want[:, :cut])
 
 
+def test_small_and_large_features_are_no_different():
+  """Of kernels of their own: neither underflow nor a later token's overflow."""
+  q, k, v, w, starts = (jnp.asarray(x) for x in arrays(1))
+  starts = starts & False
+  once = lambda q, k: run(q, k, v, w, starts, kind="squares")[0]
+  want = once(q, k)
+  np.testing.assert_allclose(once(q * 1e-9, k * 1e-9), want, rtol=1e-4, atol=1e-5)
+  later = jnp.arange(L)[None, :, None, None] >= 6
+  got = once(jnp.where(later, q, q * 1e8), jnp.where(later, k * 1e10, k))
+  np.testing.assert_array_equal(
+    got[:, :6], once(jnp.where(later, q, q * 1e8), k)[:, :6]
+  )
+
+
 @pytest.mark.parametrize("form", [*FORMS, "bidirectional"])
 @pytest.mark.parametrize("scale", [1e-3, 3.0, 30.0, 1e3, 1e6])
 def test_gradients_are_finite_at_every_scale(scale, form):
@@ -234,6 +248,52 @@ def test_coarse_inputs_are_summed_in_float32(form):
   # bfloat16 has 8 bits; sums of 520 terms in it would be off by far more.
   np.testing.assert_allclose(np.float32(out), want, rtol=2**-7, atol=1e-3)
   assert_near(sums, exact, 2**-7)
+
+
+# Worst errors measured, of the largest gradient: 1.1 %; 5.9 % where all values have a
+# common part, which cancels in gradients: the output is kept in bfloat16.
+@pytest.mark.parametrize("common,tolerance", [(0, 0.02), (10, 0.1)])
+@pytest.mark.parametrize("form", FORMS)
+def test_gradients_of_coarse_inputs(form, common, tolerance):
+  q, k, v, w, _ = arrays(5, 0.7)
+  v = v + common
+  q, k, v = (jnp.asarray(np.tile(x, (1, 40, 1, 1)), jnp.bfloat16) for x in (q, k, v))
+  starts = np.zeros(q.shape[:2], bool)
+  direction = jnp.asarray(np.random.default_rng(9).normal(size=v.shape), jnp.float32)
+  ours = lambda *x: run(*x, w, starts, None, nothing(), 16, 64, form)[0] * direction
+  slopes = jax.jit(jax.grad(lambda *x: ours(*x).sum(), argnums=(0, 1, 2)))
+  got = slopes(q, k, v)
+  assert {x.dtype for x in got} == {jnp.dtype(jnp.bfloat16)}
+  want = slopes(*(jnp.asarray(x, jnp.float32) for x in (q, k, v)))
+  assert_near([np.float32(x) for x in got], want, tolerance)
+
+
+@pytest.mark.parametrize("form", [None, *FORMS])
+def test_second_derivatives_are_those_of_all_pairs(form):
+  q, k, v, w, starts = arrays(6, 0.7)
+
+  def curvature(function):
+    def slope(q, k):
+      by_q, by_k = jax.grad(lambda *x: (function(*x) ** 2).sum(), (0, 1))(q, k)
+      return (by_q * q).sum() + (by_k**2).sum()
+
+    return jax.jit(jax.grad(slope, argnums=(0, 1)))(q, k)
+
+  with precision("float64"):
+    got = curvature(lambda q, k: run(q, k, v, w, starts, form=form)[0])
+    assert_near(got, curvature(lambda q, k: pairwise(q, k, v, w, starts)), 1e-11)
+
+
+def test_the_projection_is_a_constant():
+  q, k, v, w, starts = (jnp.asarray(x) for x in arrays(7, 0.7))
+  segment = Segment(starts)
+  uses = [
+    lambda w: favor_attention(q, k, v, w, segment, nothing())[0],
+    lambda w: favor_bidirectional(q, k, v, w),
+    lambda w: favor_sums(k, v, w, segment).sums.both,
+  ]
+  for use in uses:
+    assert not jax.jit(jax.grad(lambda w, use=use: use(w).sum()))(w).any()
 
 
 def temporary(length, form):
