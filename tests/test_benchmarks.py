@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from benchmarks import attention, features
+from benchmarks import attention, features, streaming
 from benchmarks import attention_rivals as rivals
 from cached_tx.ops.favor import favor_attention, no_sums
 from cached_tx.ops.features import FEATURES
@@ -152,3 +152,19 @@ def test_every_kind_can_be_timed(dtype):
     case = attention.Case(attend, 16, dtype)
     assert case.seconds("both") > 0
     assert case.temporary["both"] > 0
+
+
+@pytest.mark.parametrize("kind", ["favor", "grc"])
+def test_a_stream_compiles_once_and_leaves_nothing_behind(kind):
+  found = streaming.stream(kind, tokens=1200, call=30)
+  assert found["compilations"] == 1 and found["finite"]
+  assert found["tokens"] == 1200 and found["state_bytes"] < 2e5
+  assert found["growth_bytes"] < 5e6  # what the process itself does beside it
+  assert len(found["us_per_token_by_tenth"]) == 10
+
+
+def test_growth_is_a_slope_after_the_first_tenth():
+  memory = [(n, 5000.0 + 8 * n + (900 if n < 100 else 0)) for n in range(0, 1000, 10)]
+  found = streaming.growth(memory, 1000)
+  np.testing.assert_allclose(found["bytes_per_1000_tokens"], 8000, rtol=1e-9)
+  assert found["growth_bytes"] == 8 * 890
