@@ -295,11 +295,10 @@ def _forward(
 ) -> tuple[tuple[Array, Array], Sums, Sums]:
   """Output and denominators, the sums afterwards, and those before every span."""
   B, L, H, K = tokens.v.shape
-  full = (L - 1) // how.span
+  full, rest = _pieces(how, L)
   cut = lambda at, size: jax.tree.map(lambda x: _cut(x, at, size), tokens)
-  rest = cut(full * how.span, L - full * how.span)
   if not full:
-    found, after = _span(how, rest, w, sums)
+    found, after = _span(how, tokens, w, sums)
     return found, after, jax.tree.map(lambda x: x[None], sums)
 
   def one(carry, n):
@@ -311,11 +310,23 @@ def _forward(
   dtypes = tokens.v.dtype, sums.both.dtype
   found = jnp.zeros((B, L, H, K), dtypes[0]), jnp.zeros((B, L, H), dtypes[1])
   start = sums, jax.tree.map(_bits, found)
-  (last, found), befores = jax.lax.scan(one, start, jnp.arange(full))
-  now, after = _span(how, rest, w, last)
-  found = jax.tree.map(lambda x, part: _put(x, part, full * how.span), found, now)
-  befores = jax.tree.map(lambda x, y: jnp.concatenate([x, y[None]]), befores, last)
+  (after, found), befores = jax.lax.scan(one, start, jnp.arange(full))
+  if rest:
+    last = after
+    now, after = _span(how, cut(full * how.span, rest), w, last)
+    found = jax.tree.map(lambda x, part: _put(x, part, full * how.span), found, now)
+    befores = jax.tree.map(lambda x, y: jnp.concatenate([x, y[None]]), befores, last)
   return (_number(found[0], dtypes[0]), _number(found[1], dtypes[1])), after, befores
+
+
+def _pieces(how: _How, length: int) -> tuple[int, int]:
+  """How many whole spans there are in turn, and how many tokens are left for one more.
+
+  A single one is not taken in turn. None are left of a multiple of the span: what is
+  put into an array of 16-bit numbers after a loop would cost XLA a copy of it.
+  """
+  full = 0 if length <= how.span else length // how.span
+  return full, length - full * how.span
 
 
 def _causal_forward(how, tokens, w, sums):
@@ -326,8 +337,7 @@ def _causal_forward(how, tokens, w, sums):
 def _causal_backward(how, saved, cotangents):
   tokens, w, befores, out, below = saved
   slope, after = cotangents
-  L = out.shape[1]
-  full = (L - 1) // how.span
+  full, rest = _pieces(how, out.shape[1])
 
   def one(n, size, after):
     at = n * how.span
@@ -342,9 +352,11 @@ def _causal_backward(how, saved, cotangents):
     both = jnp.concatenate([ahead, own], axis=-1)
     return _span_pull(how, jax.tree.map(cut, tokens), w, before, both, after)
 
-  rest, after = one(full, L - full * how.span, after.both)
+  after, last = after.both, None
+  if rest:
+    last, after = one(full, rest, after)
   if not full:
-    q, k, v = rest
+    q, k, v = last
   else:
 
     def step(carry, n):
@@ -354,7 +366,9 @@ def _causal_backward(how, saved, cotangents):
       return (jax.tree.map(put, found, now), after), None
 
     found = tuple(_bits(jnp.zeros(x.shape, x.dtype)) for x in tokens[:3])
-    found = tuple(_put(x, y, full * how.span) for x, y in zip(found, rest, strict=True))
+    if last is not None:
+      at = full * how.span
+      found = tuple(_put(x, y, at) for x, y in zip(found, last, strict=True))
     start = (found, after)
     (found, after), _ = jax.lax.scan(step, start, jnp.arange(full), reverse=True)
     q, k, v = map(_number, found, [x.dtype for x in tokens[:3]])
@@ -371,10 +385,12 @@ def _cut(x: Array, at: Any, size: int) -> Array:
   """B L ... -> B T ...: `size` tokens from the one at `at`.
 
   Numbers of 16 bits are moved as integers: XLA's CPU backend would turn the whole of a
-  bfloat16 array into float32 first, for every span.
+  bfloat16 array into float32 first, for every span. The barrier keeps it from making
+  integers of the whole array before the loop.
   """
   if size == x.shape[1]:
     return x
+  x, at = jax.lax.optimization_barrier((x, at))
   found = jax.lax.dynamic_slice_in_dim(_bits(x), at, size, axis=1)
   return _number(found, x.dtype)
 
