@@ -34,7 +34,9 @@ Keys = Float[Array, "B S H K"]
 Block = Float[Array, "H B n K"]
 Scores = Float[Array, "H B n s"]
 
-BLOCK = (256, 256)  # queries and keys
+WHOLE = 2**15  # up to so many scores of a head there is one block
+LIBRARY = 2**28  # up to so many scores of all heads a GPU may hold
+KERNELS = (None, "blocks", "xla", "cudnn")
 
 
 class Relative(NamedTuple):
@@ -69,7 +71,7 @@ class _Terms(NamedTuple):
   """`Relative`, led by heads."""
 
   q: Float[Array, "H B Q K"]
-  r: Float[Array, "H W K"]  # its first row is what block (0, 0) has of its last query
+  r: Float[Array, "H W K"]  # see `_first`
 
 
 def blockwise_attention(
@@ -85,6 +87,7 @@ def blockwise_attention(
   relative: Relative | None = None,
   drop: Drop | None = None,
   size: tuple[int, int] | None = None,
+  kernel: str | None = None,
 ) -> Queries:
   """softmax(q k^T + relative terms) v over the keys that each query sees.
 
@@ -106,6 +109,9 @@ def blockwise_attention(
     drop: of the weights.
     size: how many queries and keys a block has; None: chosen. It changes rounding,
       speed and memory; not which weights are dropped.
+    kernel: "blocks", or "xla" or "cudnn": `jax.nn.dot_product_attention`, which has
+      neither relative terms nor dropout, zeros or float64. None: on a GPU JAX's choice
+      of these two, where it serves and there are at most 2**28 scores; else blocks.
 
   Returns:
     The mean of v under the weights, in the dtype of v; 0 where a query sees no key.
@@ -117,18 +123,33 @@ def blockwise_attention(
   """
   B, Q, H, _ = q.shape
   S = k.shape[1]
+  rate = 0.0 if drop is None else drop.rate
   if mask is not None and mask.shape[1] == 1:
     valid = mask[:, 0] if sight.key_valid is None else mask[:, 0] & sight.key_valid
     sight, mask = sight._replace(key_valid=valid), None
-  rows, columns = (min(n, most) for n, most in zip(size or BLOCK, (Q, S), strict=True))
-  offset = S - Q if offset is None else offset
-  grid = Grid(Q, S, rows, columns, offset, causal, window)
+  rows, columns = size or _size(Q, S, relative is not None)
+  rows, columns = min(rows, Q), min(columns, S)
+  at = S - Q if offset is None else offset
+  grid = Grid(Q, S, rows, columns, at, causal, window)
+  _check(grid, sight, offset, relative, rate, kernel)
+  exact = jnp.promote_types(q.dtype, jnp.float32) == jnp.float32
+  serves = exact and relative is None and not rate and sight.zeros is None
+  few = B * H * Q * S <= LIBRARY
+  if kernel is None and serves and few and jax.default_backend() == "gpu":
+    return _library(grid, q, k, v, sight, mask, None)
+  if kernel in ("xla", "cudnn"):
+    if not serves:
+      raise ValueError(
+        f"kernel {kernel!r} has no relative terms, no dropout, no zeros and no "
+        "float64: use 'blocks'"
+      )
+    return _library(grid, q, k, v, sight, mask, kernel)
   own = hidden(grid, sight, mask)
   known = ranges(grid, own)
   leading = lambda x, n: padded(jnp.transpose(x, (2, 0, 1, 3)), n, 2)
-  fate, rate = None, 0.0
-  if drop is not None and drop.rate:
-    fate, rate = words(drop.key, (H, B, Q), S), drop.rate
+  fate = None
+  if drop is not None and rate:
+    fate = words(drop.key, (H, B, Q), S)
     fate = Words(padded(fate.rows, rows, 2), padded(fate.columns, columns, 0))
   terms = None
   if relative is not None:
@@ -144,6 +165,70 @@ def blockwise_attention(
   return jnp.transpose(out, (1, 2, 0, 3))[:, :Q]
 
 
+def _size(Q: int, S: int, relative: bool) -> tuple[int, int]:
+  """Queries and keys of a block, as measured on a CPU with heads of 64 channels.
+
+  Terms by distance are of n + s distances for blocks of n x s: few queries waste less.
+  """
+  if Q * S <= WHOLE:
+    return Q, S
+  if relative:
+    return 64, 128
+  return (256, 256) if max(Q, S) >= 1024 else (128, 128)
+
+
+def _check(
+  grid: Grid,
+  sight: Sight,
+  offset: int | None,
+  relative: Relative | None,
+  rate: float,
+  kernel: str | None,
+) -> None:
+  """Raises ValueError where arguments do not fit each other."""
+  if min(grid.rows, grid.columns) < 1 or grid.window < 0 or grid.offset < 0:
+    raise ValueError(
+      f"blocks of {grid.rows} x {grid.columns}, a window of {grid.window}, an offset "
+      f"of {grid.offset}: a block has queries and keys, nothing is negative, and more "
+      "queries than keys need an offset of their own"
+    )
+  if (sight.query_documents is None) != (sight.key_documents is None):
+    raise ValueError("sight has documents of queries or of keys alone: give both")
+  if sight.placed and (relative is not None or offset is not None):
+    raise ValueError(
+      "sight has places, but relative terms and an offset are of queries and keys that "
+      "stand one after the other: leave the places out"
+    )
+  if relative is not None and len(relative.r) < grid.offset + grid.queries:
+    raise ValueError(
+      f"relative.r has {len(relative.r)} distances; the last query is at distance "
+      f"{grid.offset + grid.queries - 1} from the first key"
+    )
+  if not 0 <= rate < 1:
+    raise ValueError(f"drop.rate is {rate}; it must be at least 0 and below 1")
+  if kernel not in KERNELS:
+    raise ValueError(f"kernel is {kernel!r}; it must be one of {KERNELS}")
+
+
+def _library(
+  grid: Grid, q: Queries, k: Keys, v: Keys, sight: Sight, mask: Any, kernel: Any
+) -> Queries:
+  """JAX's own attention; whether it holds all scores depends on the kernel."""
+  grid = grid._replace(rows=grid.queries, columns=grid.keys)
+  attend = partial(jax.nn.dot_product_attention, scale=1.0, implementation=kernel)
+  own = Hidden(sight, mask)
+  if not grid.window and mask is None and all(x is None for x in sight):
+    if not grid.causal:
+      return attend(q, k, v)
+    if grid.queries == grid.keys and not grid.offset:
+      return attend(q, k, v, is_causal=True)
+  shown, _ = seen(grid, own, 0, 0)
+  used, sees = (shown.any(axis=n)[..., None, None] for n in (1, 2))
+  clean = lambda x, some: jnp.where(some, x, 0)
+  out = attend(clean(q, sees), clean(k, used), clean(v, used), mask=shown[:, None])
+  return clean(out, sees)
+
+
 def _rows(grid: Grid, r: Float[Array, "W H K"]) -> Float[Array, "H W2 K"]:
   """r, from the largest distance of any block on; 0 where there is no such distance."""
   front = grid.offset + grid.high * grid.rows - len(r)
@@ -155,6 +240,12 @@ def _rows(grid: Grid, r: Float[Array, "W H K"]) -> Float[Array, "H W2 K"]:
 def _first(grid: Grid, i: Any, j: Any) -> Any:
   """Which row of `_Terms.r` has the largest distance of blocks i and j."""
   return (grid.high - 1 - i) * grid.rows + j * grid.columns
+
+
+def _reach(grid: Grid) -> int:
+  """Of how many distances two blocks are; if all is one block, of those from 0 on."""
+  most = grid.rows + grid.columns
+  return min(most, grid.offset + grid.rows) if grid.high == grid.wide == 1 else most
 
 
 def by_key(scores: Float[Array, "H B n w"], keys: int) -> Scores:
@@ -222,9 +313,11 @@ def _pair(
   if zeros is not None:
     logits = jnp.where(zeros[None], 0, logits)
   if terms is not None:
-    width = grid.rows + grid.columns
+    width = _reach(grid)
     r = jax.lax.dynamic_slice_in_dim(terms.r, _first(grid, i, j), width, axis=1)
     far = dot("hbnk,hwk->hbnw", block(terms.q, i, grid.rows, 2), r)
+    later = grid.rows + grid.columns - width
+    far = jnp.pad(far, ((0, 0), (0, 0), (0, 0), (0, later)))
     logits = logits + by_key(far, grid.columns)
   if masked:
     logits = jnp.where(shown[None], logits, -jnp.inf)
@@ -237,15 +330,12 @@ def _dot(x: Array) -> Any:
   return partial(jnp.einsum, preferred_element_type=wide)
 
 
-def _nothing(x: Array) -> Array:
-  return x
-
-
 def _without(pair: _Pair, plan: _Plan, fixed: _Fixed, i: Any, j: Any) -> tuple:
   """What sets to 0 the weights of keys that count as zeros, and those that drop."""
   count = drop = lambda x: x
   if pair.zeros is not None:
-    count = lambda x: jnp.where(pair.zeros[None], 0, x)
+    zeros = pair.zeros[None]
+    count = lambda x: jnp.where(zeros, 0, x)
   if fixed.fate is not None:
     rows, columns = fixed.fate
     grid = plan.grid
@@ -355,7 +445,7 @@ def _gradients(plan: _Plan, saved, slope):
       grad = drop(count(dot("hbnk,hbsk->hbns", above, pair.values)))
       grad = weights * (grad - below)
       if terms is not None:
-        far = by_distance(grad.astype(k.dtype))
+        far = by_distance(grad.astype(k.dtype))[..., : _reach(grid)]
         far_dq = far_dq + dot("hbnw,hwk->hbnk", far, pair.r)
         part = dot("hkbn,hbnw->hkw", jnp.moveaxis(far_q, 3, 1), far)
         dr = _add(dr, part, _first(grid, i, j))

@@ -79,13 +79,13 @@ class Hidden(NamedTuple):
 def hidden(grid: Grid, sight: Sight, mask: Bool[Array, "B Q S"] | None) -> Hidden:
   """Pads what hides keys; `seen` knows what is padding."""
   rows, columns = grid.rows, grid.columns
-  sizes = Sight(rows, columns, columns, rows, columns, rows)
+  sizes = (rows, columns, columns, rows, columns, rows)
   sight = Sight(*(padded(x, n, 1) for x, n in zip(sight, sizes, strict=True)))
   return Hidden(sight, padded(padded(mask, rows, 1), columns, 2))
 
 
 def padded(x: Any, n: int, axis: int) -> Any:
-  """`x` with more entries, until the axis has a multiple of `n`: 0, or the last again."""
+  """`x` with 0, or its last entry again, until the axis has a multiple of `n`."""
   if x is None or not x.shape[axis] % n:
     return x
   pad = [(0, 0)] * x.ndim
@@ -125,14 +125,12 @@ def ranges(grid: Grid, own: Hidden) -> tuple[Range, ...]:
   return tuple(out)
 
 
-def bounds(
-  grid: Grid, known: tuple[Range, ...], own: Hidden
-) -> Int[Array, "blocks 4"]:
+def bounds(grid: Grid, known: tuple[Range, ...], own: Hidden) -> Int[Array, "blocks 4"]:
   """The ranges, without the blocks at both ends that documents or the mask hide."""
   table = np.asarray(known, np.int32)
   sight, mask = own
-  documents = sight.query_documents is not None
-  if sight.zeros is not None or (mask is None and not documents):
+  asked, told = sight.query_documents, sight.key_documents
+  if sight.zeros is not None or (mask is None and asked is None):
     return jnp.asarray(table)
   begin, end = table[:, :1], table[:, 3:]
   places = np.arange(grid.wide)[None]
@@ -140,13 +138,15 @@ def bounds(
   if mask is not None:
     cut = (len(mask), grid.high, grid.rows, grid.wide, grid.columns)
     some = some & mask.reshape(cut).any(axis=(0, 2, 4))
-  if documents:
-    asked = sight.query_documents.reshape(-1, grid.high, 1, grid.rows)
-    told = sight.key_documents.reshape(-1, 1, grid.wide, grid.columns)
+  if asked is not None and told is not None:
+    asked = asked.reshape(-1, grid.high, 1, grid.rows)
+    told = told.reshape(-1, 1, grid.wide, grid.columns)
     near = (asked.min(-1) <= told.max(-1)) & (told.min(-1) <= asked.max(-1))
     some = some & near.any(axis=0)
   first = jnp.argmax(some, axis=1)
-  last = jnp.where(some.any(axis=1), grid.wide - jnp.argmax(some[:, ::-1], axis=1), first)
+  last = jnp.where(
+    some.any(axis=1), grid.wide - jnp.argmax(some[:, ::-1], axis=1), first
+  )
   return jnp.stack([first, last, last, last], axis=1).astype(jnp.int32)
 
 
