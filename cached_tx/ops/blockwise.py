@@ -14,7 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
+from cached_tx.ops.attention import softmax_attention
 from cached_tx.ops.bits import Drop, Words, kept, words
+from cached_tx.ops.positions import distance_scores
 from cached_tx.ops.sight import (
   EVERYTHING,
   Grid,
@@ -34,9 +36,9 @@ Keys = Float[Array, "B S H K"]
 Block = Float[Array, "H B n K"]
 Scores = Float[Array, "H B n s"]
 
-WHOLE = 2**15  # up to so many scores of a head there is one block
+DENSE = 2**15  # up to so many scores of a head are held
 LIBRARY = 2**28  # up to so many scores of all heads a GPU may hold
-KERNELS = (None, "blocks", "xla", "cudnn")
+KERNELS = (None, "blocks", "dense", "xla", "cudnn")
 
 
 class Relative(NamedTuple):
@@ -105,13 +107,15 @@ def blockwise_attention(
     offset: place of the first query, of the first key being 0; None: the queries
       stand at the last Q of S places.
     mask: hides more keys.
-    relative: terms by distance.
+    relative: terms by distance, 0 for later keys.
     drop: of the weights.
     size: how many queries and keys a block has; None: chosen. It changes rounding,
       speed and memory; not which weights are dropped.
-    kernel: "blocks", or "xla" or "cudnn": `jax.nn.dot_product_attention`, which has
-      neither relative terms nor dropout, zeros or float64. None: on a GPU JAX's choice
-      of these two, where it serves and there are at most 2**28 scores; else blocks.
+    kernel: "blocks"; "dense", `softmax_attention`, which holds all scores; "xla" or
+      "cudnn", `jax.nn.dot_product_attention`, which has neither relative terms nor
+      dropout, zeros or float64. None: on a GPU JAX's choice of these two, where it
+      serves and there are at most 2**28 scores; else dense for at most 2**15 scores of
+      a head, if no size is given; else blocks.
 
   Returns:
     The mean of v under the weights, in the dtype of v; 0 where a query sees no key.
@@ -137,6 +141,10 @@ def blockwise_attention(
   few = B * H * Q * S <= LIBRARY
   if kernel is None and serves and few and jax.default_backend() == "gpu":
     return _library(grid, q, k, v, sight, mask, None)
+  if kernel is None and size is None and Q * S <= DENSE:
+    kernel = "dense"
+  if kernel == "dense":
+    return _dense(grid, q, k, v, sight, mask, relative, drop)
   if kernel in ("xla", "cudnn"):
     if not serves:
       raise ValueError(
@@ -170,7 +178,7 @@ def _size(Q: int, S: int, relative: bool) -> tuple[int, int]:
 
   Terms by distance are of n + s distances for blocks of n x s: few queries waste less.
   """
-  if Q * S <= WHOLE:
+  if Q * S <= DENSE:
     return Q, S
   if relative:
     return 64, 128
@@ -210,23 +218,69 @@ def _check(
     raise ValueError(f"kernel is {kernel!r}; it must be one of {KERNELS}")
 
 
+class _Clean(NamedTuple):
+  """What is attended, with 0 for queries that see nothing and keys that nobody sees."""
+
+  q: Queries
+  k: Keys
+  v: Keys
+  shown: Bool[Array, "B Q S"]
+  zeros: Bool[Array, "#B Q S"] | None
+  sees: Bool[Array, "B Q 1 1"]
+
+
+def _cleaned(grid: Grid, q: Queries, k: Keys, v: Keys, own: Hidden) -> _Clean:
+  grid = grid._replace(rows=grid.queries, columns=grid.keys)
+  shown, zeros = seen(grid, own, 0, 0)
+  shown = jnp.broadcast_to(shown, (len(q), *shown.shape[1:]))
+  used = (shown if zeros is None else shown & ~zeros).any(axis=1)[..., None, None]
+  sees = shown.any(axis=2)[..., None, None]
+  k, v = jnp.where(used, k, 0), jnp.where(used, v, 0)  # 0 times NaN would be NaN
+  return _Clean(jnp.where(sees, q, 0), k, v, shown, zeros, sees)
+
+
+def _dense(
+  grid: Grid,
+  q: Queries,
+  k: Keys,
+  v: Keys,
+  sight: Sight,
+  mask: Any,
+  relative: Relative | None,
+  drop: Drop | None,
+) -> Queries:
+  """The same with all scores at once."""
+  own = _cleaned(grid, q, k, v, Hidden(sight, mask))
+  scores = dropout = None
+  if relative is not None:
+    far = grid.offset + grid.queries
+    r = relative.r[
+      len(relative.r) - far :
+    ]  # up to the last query's, then of later keys
+    r = jnp.pad(r, ((0, max(0, grid.keys - far)), (0, 0), (0, 0)))
+    scores = distance_scores(jnp.where(own.sees, relative.q, 0), r, None, grid.keys)
+  if drop is not None and drop.rate:
+    B, Q, H, _ = q.shape
+    stays = jnp.swapaxes(kept(words(drop.key, (H, B, Q), grid.keys), drop.rate), 0, 1)
+    rest = 1 - drop.rate
+    dropout = lambda weights: jnp.where(stays, weights / rest, 0)
+  out = softmax_attention(own.q, own.k, own.v, own.shown, scores, dropout, own.zeros)
+  return jnp.where(own.sees, out, 0)
+
+
 def _library(
   grid: Grid, q: Queries, k: Keys, v: Keys, sight: Sight, mask: Any, kernel: Any
 ) -> Queries:
   """JAX's own attention; whether it holds all scores depends on the kernel."""
-  grid = grid._replace(rows=grid.queries, columns=grid.keys)
   attend = partial(jax.nn.dot_product_attention, scale=1.0, implementation=kernel)
-  own = Hidden(sight, mask)
   if not grid.window and mask is None and all(x is None for x in sight):
     if not grid.causal:
       return attend(q, k, v)
     if grid.queries == grid.keys and not grid.offset:
       return attend(q, k, v, is_causal=True)
-  shown, _ = seen(grid, own, 0, 0)
-  used, sees = (shown.any(axis=n)[..., None, None] for n in (1, 2))
-  clean = lambda x, some: jnp.where(some, x, 0)
-  out = attend(clean(q, sees), clean(k, used), clean(v, used), mask=shown[:, None])
-  return clean(out, sees)
+  own = _cleaned(grid, q, k, v, Hidden(sight, mask))
+  out = attend(own.q, own.k, own.v, mask=own.shown[:, None])
+  return jnp.where(own.sees, out, 0)
 
 
 def _rows(grid: Grid, r: Float[Array, "W H K"]) -> Float[Array, "H W2 K"]:
@@ -319,7 +373,7 @@ def _pair(
     later = grid.rows + grid.columns - width
     far = jnp.pad(far, ((0, 0), (0, 0), (0, 0), (0, later)))
     logits = logits + by_key(far, grid.columns)
-  if masked:
+  if shown is not None:
     logits = jnp.where(shown[None], logits, -jnp.inf)
   return _Pair(logits, k, v, r, zeros)
 
