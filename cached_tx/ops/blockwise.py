@@ -114,8 +114,9 @@ def blockwise_attention(
     kernel: "blocks"; "dense", `softmax_attention`, which holds all scores; "xla" or
       "cudnn", `jax.nn.dot_product_attention`, which has neither relative terms nor
       dropout, zeros or float64. None: on a GPU JAX's choice of these two, where it
-      serves and there are at most 2**28 scores; else dense for at most 2**15 scores of
-      a head, if no size is given; else blocks.
+      serves and there are at most 2**28 scores; else, if no size is given, dense for
+      at most 2**15 scores of a head on a CPU, where blocks were measured to be faster
+      above, and for at most 2**28 scores elsewhere; else blocks.
 
   Returns:
     The mean of v under the weights, in the dtype of v; 0 where a query sees no key.
@@ -141,7 +142,7 @@ def blockwise_attention(
   few = B * H * Q * S <= LIBRARY
   if kernel is None and serves and few and jax.default_backend() == "gpu":
     return _library(grid, q, k, v, sight, mask, None)
-  if kernel is None and size is None and Q * S <= DENSE:
+  if kernel is None and size is None and (Q * S <= DENSE or (few and not _on_cpu())):
     kernel = "dense"
   if kernel == "dense":
     return _dense(grid, q, k, v, sight, mask, relative, drop)
@@ -173,6 +174,10 @@ def blockwise_attention(
   return jnp.transpose(out, (1, 2, 0, 3))[:, :Q]
 
 
+def _on_cpu() -> bool:
+  return jax.default_backend() == "cpu"
+
+
 def _size(Q: int, S: int, relative: bool) -> tuple[int, int]:
   """Queries and keys of a block, as measured on a CPU with heads of 64 channels.
 
@@ -180,6 +185,8 @@ def _size(Q: int, S: int, relative: bool) -> tuple[int, int]:
   """
   if Q * S <= DENSE:
     return Q, S
+  if not _on_cpu():  # chosen for large products; not measured
+    return 512, 512
   if relative:
     return 64, 128
   return (256, 256) if max(Q, S) >= 1024 else (128, 128)
@@ -254,9 +261,8 @@ def _dense(
   scores = dropout = None
   if relative is not None:
     far = grid.offset + grid.queries
-    r = relative.r[
-      len(relative.r) - far :
-    ]  # up to the last query's, then of later keys
+    # Up to the distance of the last query, then 0 for later keys.
+    r = relative.r[len(relative.r) - far :]
     r = jnp.pad(r, ((0, max(0, grid.keys - far)), (0, 0), (0, 0)))
     scores = distance_scores(jnp.where(own.sees, relative.q, 0), r, None, grid.keys)
   if drop is not None and drop.rate:
