@@ -39,10 +39,11 @@ jit = functools.partial(jax.jit, compiler_options=QUICK)
 
 
 class Kind(NamedTuple):
-  """The memories of a period, and the positions of all layers."""
+  """The memories of a period, and the positions and attention of all layers."""
 
   memories: tuple[MemoryModule, ...]
   positions: str = "rotary"
+  attention: str = "auto"  # dense, at these sizes
 
 
 MEMORIES = {
@@ -50,6 +51,7 @@ MEMORIES = {
   "xl": Kind((XLMemory(5),)),
   "xl-relative": Kind((XLMemory(5),), "relative"),
   "xl-zeros": Kind((XLMemory(5, 3, "tensorflow", "zeros"),), "relative"),
+  "xl-blocks": Kind((XLMemory(5, 0, "pytorch", "zeros"),), "relative", "blocks"),
   "compressive-mean": Kind((CompressiveMemory(3, 3, 2, "mean", "none"),)),
   "compressive-conv": Kind((CompressiveMemory(5, 3, 2, "conv", "attention"),)),
   "compressive-bptt": Kind((CompressiveMemory(4, 5, 4, "conv", "none"),), "relative"),
@@ -80,6 +82,7 @@ FEW = ("xl-relative", "compressive-conv", "grc", "favor")
 VARIANTS = (
   "xl",
   "xl-zeros",
+  "xl-blocks",
   "compressive-mean",
   "compressive-used",
   "compressive-dilated",
@@ -120,16 +123,17 @@ def precision(dtype: str) -> Iterator[None]:
 
 def decoder(kind: str, dtype: str = "float32", **options: Any) -> DecoderLM:
   """The toy model of a kind."""
-  memories, positions = MEMORIES[kind]
+  memories, positions, attention = MEMORIES[kind]
   memories = tuple(m.clone(dtype=dtype) if hasattr(m, "dtype") else m for m in memories)
   sizes = {"vocab": V, "layers": 2, "width": D, "heads": 2, "mlp": 32, "segment": C}
   choices = {"tbptt": 4, "memories": memories, "positions": positions, "dtype": dtype}
+  choices["attention"] = attention
   return DecoderLM(**(sizes | choices | options))
 
 
 def shapes(model: DecoderLM) -> Any:
   """The shapes of the model's parameters."""
-  tokens = jnp.zeros((1, C), jnp.int32)
+  tokens = jnp.zeros((1, model.segment), jnp.int32)
   make = lambda: model.init(
     jax.random.key(0), tokens, model.initial_state(1), Segment(tokens == 1)
   )

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.interpreters import partial_eval
 
+from cached_tx.layers import has_option
 from cached_tx.models import DecoderLM
 from cached_tx.train import sharding
 from cached_tx.train.state import init_params
@@ -63,8 +64,18 @@ def _inner(given: dict[str, Any]) -> Iterator[Any]:
         yield item
 
 
+def _dense(model: DecoderLM) -> DecoderLM:
+  """The same with all scores held: how many blocks are left out, data decide."""
+  exact = any(has_option(memory, "attention") for memory in model.memories)
+  return model.clone(attention="dense") if exact else model
+
+
 def forward_flops(model: DecoderLM, segments: int = 1) -> float:
-  """FLOPs per token of logits and memory, by the parallel pass over `segments`."""
+  """FLOPs per token of logits and memory, by the parallel pass over `segments`.
+
+  Of all pairs of queries and keys, also those that attention by blocks leaves out.
+  """
+  model = _dense(model)
 
   def forward(*args):
     return run(model, *args)[:2]
@@ -76,8 +87,10 @@ def forward_flops(model: DecoderLM, segments: int = 1) -> float:
 def training_flops(model: DecoderLM, segments: int) -> float:
   """FLOPs per token of a training step: forward, auxiliary losses, backward, remat.
 
-  Without auxiliary losses and remat it is near 3 times the forward pass.
+  Without auxiliary losses and remat it is near 3 times the forward pass. Pairs are
+  counted as there.
   """
+  model = _dense(model)
 
   def backward(params, *rest):
     def total(params):

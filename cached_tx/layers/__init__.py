@@ -39,6 +39,11 @@ def attention_for(memory: MemoryModule, **options: Any) -> MemoryAttention:
   return layer
 
 
+def has_option(memory: MemoryModule, name: str) -> bool:
+  """Whether the layer that reads `memory` has this attribute."""
+  return name in READERS[memory.reader].__dataclass_fields__
+
+
 __all__ = [
   "ACTIVATIONS",
   "ANALYSIS",
@@ -62,6 +67,7 @@ __all__ = [
   "Vocabulary",
   "attention_for",
   "check_rate",
+  "has_option",
   "is_stream",
   "layer_norm",
   "vocabulary_for",

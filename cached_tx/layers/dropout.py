@@ -8,7 +8,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from cached_tx.ops.bits import Drop
+
 _LEVELS = 256  # that a byte tells apart
+RATES = "model.dropout, or model.attention_dropout,"
 
 
 def check_rate(rate: float, name: str) -> None:
@@ -63,13 +66,20 @@ class Dropout(nn.Module):
     Raises:
       ValueError: the rate is out of its range.
     """
-    check_rate(self.rate, "model.dropout, or model.attention_dropout,")
+    check_rate(self.rate, RATES)
     if deterministic or not self.rate:
       return x
     mask = kept(self.make_rng("dropout"), self.rate, x.shape)
     # 1 - rate is no number of 8 bits: rounded, it would scale all alike by up to 0.2 %.
     scaled = x.astype(jnp.promote_types(x.dtype, jnp.float32)) / (1 - self.rate)
     return jnp.where(mask, scaled.astype(x.dtype), 0)
+
+  def drop(self, deterministic: bool) -> Drop | None:
+    """What `blockwise_attention` drops weights by; None where none are dropped."""
+    check_rate(self.rate, RATES)
+    if deterministic or not self.rate:
+      return None
+    return Drop(self.make_rng("dropout"), self.rate)
 
   @nn.nowrap
   def function(self, deterministic: bool) -> Callable[[Array], Array] | None:

@@ -10,9 +10,10 @@ from jaxtyping import Array, Bool, Float
 from cached_tx.layers.dropout import Dropout
 from cached_tx.layers.projections import FromHeads, ToHeads
 from cached_tx.memory import GRCMemory, GRCState, Slots, partitioned
-from cached_tx.ops.attention import softmax_attention
+from cached_tx.ops.blockwise import blockwise_attention
 from cached_tx.ops.documents import document_ids
 from cached_tx.ops.positions import rotate
+from cached_tx.ops.sight import Sight
 from cached_tx.types import DType, Heads, Hidden, Losses, Segment
 
 PROJECTIONS = ("joint", "branches")
@@ -29,7 +30,7 @@ class EncoderAttention(nn.Module):
     bias: whether queries, keys and values have biases.
     dropout: rate on the attention's weights.
     kernel: as `softmax_attention`, whose arguments it gets by position, and `dropout`,
-      a function or None, by name.
+      a function or None, by name. None: `blockwise_attention`.
     dtype: of the computation. Parameters are float32.
   """
 
@@ -38,7 +39,7 @@ class EncoderAttention(nn.Module):
   positions: str = "none"
   bias: bool = False
   dropout: float = 0.0
-  kernel: Callable[..., Heads] = softmax_attention
+  kernel: Callable[..., Heads] | None = None
   dtype: DType = jnp.float32
 
   @nn.compact
@@ -52,12 +53,15 @@ class EncoderAttention(nn.Module):
     q, k, v = project("query"), project("key"), project("value")
     valid = segment.real
     documents = document_ids(segment.starts & valid)
-    mask = (documents[:, None] == documents[:, :, None]) & valid[:, None]  # B Q S
     if self.positions == "rotary":
       place = jnp.cumsum(valid, axis=1, dtype=jnp.int32)
       q, k = rotate(q, place), rotate(k, place)
-    drop = Dropout(self.dropout).function(deterministic)
-    return self.kernel(q * K**-0.5, k, v, mask, dropout=drop)
+    drop, q = Dropout(self.dropout), q * K**-0.5
+    if self.kernel is None:
+      sight, own = Sight(documents, documents, valid), drop.drop(deterministic)
+      return blockwise_attention(q, k, v, sight, causal=False, offset=0, drop=own)
+    mask = (documents[:, None] == documents[:, :, None]) & valid[:, None]  # B Q S
+    return self.kernel(q, k, v, mask, dropout=drop.function(deterministic))
 
 
 class GatedEncoderAttention(nn.Module):
@@ -100,7 +104,7 @@ class GatedEncoderAttention(nn.Module):
   memory: GRCMemory
   inner: Callable[..., Heads] | None = None
   positions: str = "none"
-  kernel: Callable[..., Heads] = softmax_attention
+  kernel: Callable[..., Heads] | None = None
   projection: str = "joint"
   bias: bool = False
   grid: tuple[int, int] | None = None
@@ -255,10 +259,14 @@ class GatedEncoderAttention(nn.Module):
     values = slots.values.astype(self.dtype)
     k, v = self.memory_key(values), self.memory_value(values)
     k, v = (jnp.broadcast_to(a, (B, *a.shape[1:])) for a in (k, v))
-    mask = jnp.broadcast_to(slots.valid[:, None], (B, 1, slots.valid.shape[1]))
     q = self.memory_query(x[..., : self.channels])
-    drop = self.drop.function(deterministic)
-    found = self.kernel(q * q.shape[-1] ** -0.5, k, v, mask, dropout=drop)
+    q = q * q.shape[-1] ** -0.5
+    if self.kernel is None:
+      sight, own = Sight(key_valid=slots.valid), self.drop.drop(deterministic)
+      found = blockwise_attention(q, k, v, sight, causal=False, offset=0, drop=own)
+    else:
+      mask = jnp.broadcast_to(slots.valid[:, None], (B, 1, slots.valid.shape[1]))
+      found = self.kernel(q, k, v, mask, dropout=self.drop.function(deterministic))
     if self.projection == "branches":
       found = self.memory_output(found).reshape(found.shape)
     return found, slots.valid.any(axis=1)

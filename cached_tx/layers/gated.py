@@ -11,10 +11,11 @@ from cached_tx.layers.analysis import ANALYSIS, Blended, asked
 from cached_tx.layers.base import MemoryAttention
 from cached_tx.layers.dropout import Dropout
 from cached_tx.layers.projections import ToHeads
-from cached_tx.layers.slots import SlotAttention
+from cached_tx.layers.slots import KERNELS, SlotAttention
 from cached_tx.memory import NoMemory, XLMemory, partitioned
-from cached_tx.ops.attention import softmax_attention
+from cached_tx.ops.blockwise import blockwise_attention
 from cached_tx.ops.documents import document_ids
+from cached_tx.ops.sight import Sight
 from cached_tx.types import Heads, Hidden, Losses, Segment, State
 
 
@@ -37,9 +38,12 @@ class GatedAttention(MemoryAttention):
     inner: gives o_self; another attention layer, of the same width, heads and
       segment. None: attention within the segment and, where `memory.inner` asks for
       them, over so many tokens before it.
+    attention: of whole segments, auto, dense or blocks, as of `SlotAttention`; an
+      inner attention that was given has its own.
   """
 
   inner: MemoryAttention | None = None
+  attention: str = "auto"
 
   @nn.nowrap
   def check(self) -> None:
@@ -55,6 +59,10 @@ class GatedAttention(MemoryAttention):
       raise ValueError(
         f"memory.inner is {self.memory.inner}, but the layer was given an inner "
         "attention, which has a memory of its own: set memory.inner to 0"
+      )
+    if self.attention not in KERNELS:
+      raise ValueError(
+        f"model.attention is {self.attention!r}; one of {', '.join(KERNELS)}"
       )
     inner = self._inner()
     inner.check()
@@ -79,6 +87,7 @@ class GatedAttention(MemoryAttention):
       positions=self.positions,
       dropout=self.dropout,
       dtype=self.dtype,
+      attention=self.attention,
       parent=None,
     )
 
@@ -184,12 +193,15 @@ class GatedAttention(MemoryAttention):
     values = slots.values.astype(self.dtype)
     width = values.shape[-1]
     q = self.memory_query(queries[..., :width])
-    found = softmax_attention(
+    found = blockwise_attention(
       q * q.shape[-1] ** -0.5,
       self.memory_key(values),
       self.memory_value(values),
-      slots.valid[:, None],
-      dropout=self.drop.function(deterministic),
+      Sight(key_valid=slots.valid),
+      causal=False,
+      offset=0,
+      drop=self.drop.drop(deterministic),
+      kernel=None if index is not None else KERNELS[self.attention],
     )
     seen = slots.valid.any(axis=1)[:, None] & (documents == 0)  # B L
     gate = jnp.where(seen[..., None], nn.sigmoid(self.gate)[None, None], 0)

@@ -1,6 +1,6 @@
 """Softmax attention over a memory's slots and the tokens of the segment."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -14,14 +14,38 @@ from cached_tx.layers.base import MemoryAttention
 from cached_tx.layers.dropout import Dropout
 from cached_tx.layers.projections import ToHeads
 from cached_tx.layers.reconstruction import reconstruction_loss
-from cached_tx.memory import partitioned
+from cached_tx.memory import Slots, partitioned
 from cached_tx.ops.attention import attention_weights, softmax_attention
-from cached_tx.ops.documents import causal_mask, document_ids, places_before
+from cached_tx.ops.blockwise import Relative, blockwise_attention
+from cached_tx.ops.documents import (
+  causal_mask,
+  document_ids,
+  interval_before,
+  places_before,
+)
 from cached_tx.ops.positions import distance_scores, distance_table, rotate
+from cached_tx.ops.sight import Sight
 from cached_tx.types import Heads, Hidden, Losses, Segment, State
 
 Place = Int[Array, "#B Q"]
 Bias = Float[Array, "H K"]
+KERNELS = {"auto": None, "dense": "dense", "blocks": "blocks"}
+
+
+class _Projected(NamedTuple):
+  """What attention is of, besides what hides keys.
+
+  Attributes:
+    q: scaled, with the bias u.
+    relative: the terms by distance, with the bias v; None without them.
+    bare: the scaled queries without biases.
+  """
+
+  q: Float[Array, "B Q H K"]
+  k: Float[Array, "B S H K"]
+  v: Float[Array, "B S H K"]
+  relative: Relative | None
+  bare: Float[Array, "B Q H K"]
 
 
 def _distances(place: Place, keys: int) -> Int[Array, "#B Q S"]:
@@ -44,12 +68,17 @@ class SlotAttention(MemoryAttention):
       PyTorch code has one pair for all layers.
     norm: applied to queries, slots and tokens when they are read, so that the memory
       holds the layer's inputs before it. None: they are read as they come.
+    attention: how whole segments attend: dense holds all scores of queries and keys;
+      blocks holds those of a block, in memory that grows with the length alone; auto
+      takes what is faster. It changes rounding, speed and memory, and no dropped
+      weight. Streams, and `memory.tables` two, are dense whatever it is.
   """
 
   channels: int = 0
   weight_dropout: float | None = None
   tied: bool = False
   norm: nn.LayerNorm | None = None
+  attention: str = "auto"
 
   @property
   def head_width(self) -> int:
@@ -71,6 +100,15 @@ class SlotAttention(MemoryAttention):
     """Raises ValueError, naming the config key, where the settings do not fit."""
     super().check()
     memory, positions = self.memory, self.positions
+    if self.attention not in KERNELS:
+      raise ValueError(
+        f"model.attention is {self.attention!r}; one of {', '.join(KERNELS)}"
+      )
+    if memory.apart and self.attention == "blocks":
+      raise ValueError(
+        "model.attention is 'blocks', which has one table of relative positions, but "
+        "memory.tables is 'two': set one of them to another value"
+      )
     if memory.apart and positions != "relative":
       raise ValueError(
         "memory.tables is 'two', tables of relative positions, but model.positions is "
@@ -150,12 +188,77 @@ class SlotAttention(MemoryAttention):
     *biases: Bias,
   ) -> Heads:
     """Attends from the queries to the slots and to the tokens up to their own."""
+    if index is None and not self.memory.apart and not asked(self):
+      return self._whole(tokens, starts, memory, deterministic, *biases)
     terms = self._terms(queries, index, tokens, starts, memory, *biases)
     q, k, v, mask, scores, zeros = terms
     if asked(self):
       self.sow(ANALYSIS, "attended", self._attended(terms, starts, memory))
     drop = self.drop.function(deterministic)
     return softmax_attention(q, k, v, mask, scores, drop, zeros)
+
+  def _whole(
+    self,
+    tokens: Float[Array, "B C D"],
+    starts: Bool[Array, "B C"],
+    memory: State,
+    deterministic: bool,
+    *biases: Bias,
+  ) -> Heads:
+    """`read` of all tokens of the segment."""
+    slots = self.memory.slots(memory)
+    queries = keys = document_ids(starts)
+    valid = zeros = None
+    if slots is not None:
+      M = slots.values.shape[1]
+      keys = jnp.pad(keys, ((0, 0), (M, 0)))
+      valid = jnp.pad(slots.valid, ((0, 0), (0, starts.shape[1])), constant_values=True)
+      if self.memory.zeros:
+        zeros = interval_before(starts, M)
+    own = self._projected(tokens, None, tokens, slots, *biases)
+    return blockwise_attention(
+      own.q,
+      own.k,
+      own.v,
+      Sight(queries, keys, valid, zeros=zeros),
+      window=self.memory.window,
+      relative=own.relative,
+      drop=self.drop.drop(deterministic),
+      kernel=KERNELS[self.attention],
+    )
+
+  def _projected(
+    self,
+    queries: Hidden,
+    index: Place | None,
+    tokens: Float[Array, "B C D"],
+    slots: Slots | None,
+    content_bias: Bias | None = None,
+    distance_bias: Bias | None = None,
+  ) -> _Projected:
+    """Queries, standing at `index` (None: in order), and keys and values."""
+    context, M = tokens.astype(self.dtype), 0
+    if slots is not None:
+      M = slots.values.shape[1]
+      context = jnp.concatenate([slots.values.astype(self.dtype), context], axis=1)
+    if self.norm is not None:
+      queries, context = self.norm(queries), self.norm(context)
+    q = self.query(queries) * self.head_width**-0.5
+    k, v = self.key(context), self.value(context)
+    if self.positions == "rotary":
+      if index is None:
+        index = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
+      q = rotate(q, M + index)
+      k = rotate(k, jnp.arange(k.shape[1], dtype=jnp.int32)[None])
+    if self.positions != "relative":
+      return _Projected(q, k, v, None, q)
+    u = self.content_bias if content_bias is None else content_bias
+    v_bias = self.distance_bias if distance_bias is None else distance_bias
+    biased = lambda bias: q + (bias * self.head_width**-0.5).astype(q.dtype)[None, None]
+    keys = k.shape[1] - self.memory.apart
+    table = distance_table(keys, self.width, self.memory.farthest)
+    relative = Relative(biased(v_bias), self.distance(table[None])[0])
+    return _Projected(biased(u), k, v, relative, q)
 
   def _terms(
     self,
@@ -164,23 +267,22 @@ class SlotAttention(MemoryAttention):
     tokens: Float[Array, "B C D"],
     starts: Bool[Array, "B C"],
     memory: State,
-    content_bias: Bias | None = None,
-    distance_bias: Bias | None = None,
+    *biases: Bias,
   ) -> tuple[Any, ...]:
     """What attention is of: queries, keys, values, a mask, terms of position, zeros."""
     slots = self.memory.slots(memory)
+    own = self._projected(queries, index, tokens, slots, *biases)
     documents = document_ids(starts)
+    whole = index is None
     if index is None:
       index = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
       query_documents = documents
     else:
       query_documents = jnp.take_along_axis(documents, index, axis=1)
     mask = causal_mask(documents, index, query_documents)
-    context, M = tokens.astype(self.dtype), 0
-    zeros = None
+    M, zeros = 0, None
     if slots is not None:
       M = slots.values.shape[1]
-      context = jnp.concatenate([slots.values.astype(self.dtype), context], axis=1)
       seen = slots.valid[:, None] & (query_documents == 0)[:, :, None]
       mask = jnp.concatenate([seen, mask], axis=2)
       if self.memory.zeros:
@@ -188,24 +290,15 @@ class SlotAttention(MemoryAttention):
         mask = mask | zeros
     if self.memory.window:
       mask = mask & (_distances(M + index, mask.shape[2]) < self.memory.window)
-    if self.norm is not None:
-      queries, context = self.norm(queries), self.norm(context)
-    q = self.query(queries) * self.head_width**-0.5
-    k, v = self.key(context), self.value(context)
-    if self.positions == "rotary":
-      q = rotate(q, M + index)
-      k = rotate(k, jnp.arange(k.shape[1], dtype=jnp.int32)[None])
     scores = None
-    if self.positions == "relative":
-      u = self.content_bias if content_bias is None else content_bias
-      v_bias = self.distance_bias if distance_bias is None else distance_bias
+    if own.relative is not None:
       far = self.memory.apart
-      scores = self._by_distance(q, v_bias, M - far + index, k.shape[1] - far)
+      place = None if whole else M - far + index
+      scores = distance_scores(*own.relative, place, own.k.shape[1] - far)
       if far:
-        apart = self.apart(q, index, self.width)
+        apart = self.apart(own.bare, index, self.width)
         scores = jnp.concatenate([apart, scores], axis=3)
-      q = q + (u * self.head_width**-0.5).astype(q.dtype)[None, None]
-    return q, k, v, mask, scores, zeros
+    return own.q, own.k, own.v, mask, scores, zeros
 
   def fold(
     self, tokens: Float[Array, "B C D"], starts: Bool[Array, "B C"], memory: State
@@ -223,16 +316,6 @@ class SlotAttention(MemoryAttention):
     if losses and asked(self):
       self.sow(ANALYSIS, "losses", losses)
     return update.state, losses
-
-  def _by_distance(
-    self, q: Float[Array, "B Q H K"], bias: Bias, place: Place, keys: int
-  ) -> Float[Array, "B H Q S"]:
-    """Transformer-XL's terms (b) and (d) for queries at `place` among S `keys`."""
-    table = distance_table(keys, self.width, self.memory.farthest)
-    r = self.distance(table[None])[0]  # S H K
-    q = q + (bias * self.head_width**-0.5).astype(q.dtype)[None, None]
-    whole = self.segment == q.shape[1] and place.shape[0] == 1
-    return distance_scores(q, r, None if whole else place, keys)
 
   def received(
     self, tokens: Float[Array, "B C D"], starts: Bool[Array, "B C"], memory: State

@@ -18,6 +18,7 @@ from cached_tx.layers import (
   MemoryAttention,
   attention_for,
   check_rate,
+  has_option,
   is_stream,
   layer_norm,
   vocabulary_for,
@@ -119,6 +120,7 @@ class DecoderLM(nn.Module):
     attention_dropout: rate on attention weights; None: that of `dropout`.
     tied_biases: one pair of biases u and v (relative positions) for all layers, as in
       Transformer-XL's PyTorch code, instead of one for each.
+    attention: auto, dense or blocks, as of `SlotAttention`: how scores are held.
     vocabulary: an adaptive one, for ids that fall from frequent to rare; where it has
       cutoffs, logits are log-probabilities. None: one table, which embeddings and
       logits share.
@@ -145,6 +147,7 @@ class DecoderLM(nn.Module):
   head_width: int = 0
   attention_dropout: float | None = None
   tied_biases: bool = False
+  attention: str = "auto"
   vocabulary: Adaptive | None = None
 
   @nn.nowrap
@@ -173,6 +176,12 @@ class DecoderLM(nn.Module):
       self.vocabulary.check(self.vocab, self.width)
     for name in ("dropout", "attention_dropout"):
       check_rate(getattr(self, name) or 0.0, f"model.{name}")
+    taken = any(has_option(memory, "attention") for memory in self.memories)
+    if self.attention != "auto" and not taken:
+      raise ValueError(
+        f"model.attention is {self.attention!r}, an option of layers with exact "
+        "attention, of which there are none: leave it out, or change memory.kind"
+      )
     for memory in self.memories:
       self._check_reader(memory)
       if self.tbptt < memory.min_tbptt:
@@ -204,12 +213,15 @@ class DecoderLM(nn.Module):
 
   @nn.nowrap
   def _slot_options(self, memory: MemoryModule) -> dict[str, Any]:
-    if memory.reader != "slots":
+    if not has_option(memory, "attention"):
       return {}
+    if memory.reader != "slots":
+      return {"attention": self.attention}
     return {
       "channels": self.head_width,
       "weight_dropout": self.attention_dropout,
       "tied": self.tied_biases,
+      "attention": self.attention,
       "norm": self._norm(parent=None) if self.norm == "pre_raw" else None,
     }
 

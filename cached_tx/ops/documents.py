@@ -42,9 +42,16 @@ def places_before(
     slots: M, how many columns stand before the segment's own: S = M + L.
   """
   B, L = starts.shape
-  places = jnp.arange(L, dtype=jnp.int32)[None]
-  latest = jax.lax.cummax(jnp.where(starts, places, -1), axis=1)
   index = jnp.broadcast_to(index, (B, index.shape[1]))
-  first = jnp.take_along_axis(latest, index, axis=1)[..., None]  # B Q 1
+  intervals = interval_before(starts, slots)
+  intervals = jnp.take_along_axis(intervals, index[..., None], axis=1)  # B Q 2
   columns = jnp.arange(slots + L, dtype=jnp.int32)[None, None]
-  return (first >= 0) & (columns >= first) & (columns < first + slots)
+  return (columns >= intervals[..., :1]) & (columns < intervals[..., 1:])
+
+
+def interval_before(starts: Mask, slots: int) -> Int[Array, "B L 2"]:
+  """Of each token the columns, first and past the last, of `places_before`."""
+  places = jnp.arange(starts.shape[1], dtype=jnp.int32)[None]
+  latest = jax.lax.cummax(jnp.where(starts, places, -1), axis=1)
+  last = jnp.where(latest >= 0, latest + slots, -1)
+  return jnp.stack([latest, last], axis=-1)

@@ -39,7 +39,7 @@ SECTIONS: dict[str, tuple[str, ...]] = {
 OPTIONAL: dict[str, tuple[str, ...]] = {
   "model": (
     "norm", "norm_bias", "norm_epsilon", "output_bias", "head_width",
-    "attention_dropout", "tied_biases",
+    "attention_dropout", "tied_biases", "attention",
     "vocabulary",  # a section of its own: the fields of `Adaptive`
   ),
 }  # fmt: skip
