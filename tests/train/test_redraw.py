@@ -4,6 +4,7 @@ import shutil
 
 import chex
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -108,10 +109,11 @@ def test_what_is_loaded_has_the_draw_of_the_last_step(ran, tmp_path):
   own = load(workdir, SCORED)
   assert own.model.step == SCORED - 1 and load(workdir).model.step == STEPS - 1
   ids = own.ids(b"a bad egg, a cab")
-  segment = Segment(ids == own.tokenizer.bos)
+  tokens = jnp.asarray(ids)
+  segment = Segment(tokens == own.tokenizer.bos)
   free = Experiment.of(workdir).model
   logits = lambda step: free.apply(
-    {"params": own.params}, ids, own.state, segment, step=step
+    {"params": own.params}, tokens, own.state, segment, step=step
   )[0]
   got, state = own(ids, own.state)
   np.testing.assert_allclose(got, logits(SCORED - 1), rtol=0, atol=1e-5)
@@ -122,7 +124,7 @@ def test_what_is_loaded_has_the_draw_of_the_last_step(ran, tmp_path):
   back, _ = load(workdir, SCORED).load_state(tmp_path / "state")
   chex.assert_trees_all_equal(back, state)
   greedy = dict(bos=own.tokenizer.bos, length=1, temperature=0.0)
-  [sampled] = generate(own.model, own.params, ids[0], **greedy)
+  [sampled] = generate(own.model, own.params, ids, **greedy)
   want = np.asarray(got[0, -1]).copy()
   want[own.tokenizer.bos] = -np.inf
   assert sampled == want.argmax()
