@@ -161,10 +161,10 @@ class DecoderLM(nn.Module):
 
   @nn.nowrap
   def after(self, steps: int) -> "DecoderLM":
-    """The model for parameters that `steps` training steps made, or their average.
+    """This model, for parameters that `steps` training steps made, or their average.
 
-    It has the random constants of step `last_step(steps)`. The model itself, where no
-    memory draws anew.
+    Where a memory redraws, it has the random constants of step `last_step(steps)`;
+    otherwise it is the same object, for which everything is compiled already.
     """
     if not any(memory.redraw for memory in self.memories):
       return self
