@@ -72,6 +72,7 @@ def one(kind: str, seed: int) -> dict[str, Any]:
   found = measured(
     experiment,
     result.state.params,
+    steps=config.steps,
     split="test",
     memory=("kept", "zeroed"),
     rows=config.eval.batch,

@@ -60,8 +60,9 @@ def analyse(
     step=step,
     check=lambda experiment, _: groups(experiment.model),
   )
-  reads: Any = dict(split=split, rows=own.rows, segments=segments)
-  found = {**own.about, **measured(own.experiment, own.params, full=full, **reads)}
+  reads: Any = dict(split=split, rows=own.rows, segments=segments, full=full)
+  steps = own.about["step"]
+  found = {**own.about, **measured(own.experiment, own.params, steps=steps, **reads)}
   title = f"{_text(found)}\n{_checkpoint(found)}; {_counted(found)}"
   path = attention_plot(found, Path(workdir) / PLOT, title=title)
   return {**found, "plot": os.fspath(path)}
@@ -71,12 +72,13 @@ def measured(
   experiment: Experiment,
   params: Any,
   *,
+  steps: int,
   split: str,
   rows: int,
   segments: int = 0,
   full: bool = False,
 ) -> dict[str, Any]:
-  """Analyses parameters on a split; arguments as of `analyse`.
+  """Analyses parameters that so many training steps made; arguments as of `analyse`.
 
   A sample is one segment of one row; segments that end in padding are left out.
   Standard errors are of the mean of samples, as if these were independent.
@@ -97,7 +99,7 @@ def measured(
   Raises:
     ValueError: an unknown split, or no segment that counts.
   """
-  model, mesh = experiment.model, experiment.mesh
+  model, mesh = experiment.model.after(steps), experiment.mesh
   own = groups(model)
   tokens = tokenize(experiment.documents(split), experiment.tokenizer)
   tallies: list[dict[str, Tally]] = [{} for _ in own]

@@ -59,7 +59,8 @@ def evaluate(
     check=lambda _, rows: check_memory(memory, rows),
   )
   reads: Any = dict(split=split, rows=own.rows, segments=segments, ordered=ordered)
-  found = measured(own.experiment, own.params, memory=memory, **reads)
+  steps = own.about["step"]
+  found = measured(own.experiment, own.params, steps=steps, memory=memory, **reads)
   return {**own.about, **found}
 
 
@@ -136,13 +137,14 @@ def measured(
   experiment: Experiment,
   params: Any,
   *,
+  steps: int,
   split: str,
   memory: Sequence[str] = ("kept",),
   rows: int,
   segments: int = 0,
   ordered: bool = False,
 ) -> dict[str, Any]:
-  """Evaluates parameters on a split.
+  """Evaluates parameters, which so many training steps made, on a split.
 
   Returns:
     JSON data: what was read (split, documents, bytes, words and the rule by which
@@ -156,7 +158,7 @@ def measured(
     ValueError: an unknown split or memory.
   """
   check_memory(memory, rows)  # before the split is tokenised, which may take minutes
-  model = experiment.model
+  model = experiment.model.after(steps)
   documents = experiment.documents(split)
   size = counts(documents)
   tokens = tokenize(documents, experiment.tokenizer)

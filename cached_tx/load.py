@@ -25,7 +25,8 @@ class Loaded(NamedTuple):
   """What a workdir holds.
 
   Attributes:
-    model: without parameters.
+    model: without parameters; that `after` the steps: a memory that draws random rows
+      anew has those which the parameters were trained with last.
     params: float32, on this process's first device (their moving average, where the
       config keeps one).
     state: of empty memories; takes any number of tokens a call, one after the other.
@@ -123,7 +124,7 @@ def load(workdir: str | os.PathLike, step: int | None = None, batch: int = 1) ->
     raise ValueError(f"batch is {batch}; a state has 1 row or more")
   experiment = Experiment.of(workdir, mesh=one_device())
   params, step = experiment.restore_params(workdir, step)
-  model = experiment.model
+  model = experiment.model.after(step)
   state = model.open_stream(model.initial_state(batch), batch)
   return Loaded(model, params, state, experiment.tokenizer, experiment.config, step)
 

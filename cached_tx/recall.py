@@ -128,7 +128,7 @@ def trained(config: ConfigDict, task: str) -> tuple[DecoderLM, Any]:
     loss = float(metrics["loss"])
   if not math.isfinite(loss):  # NaN stays NaN, so the last one tells
     raise FloatingPointError(f"the loss of {task}, {config.memory.kind} is {loss}")
-  return model, state.params
+  return model.after(config.steps), state.params
 
 
 def accuracy(

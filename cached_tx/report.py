@@ -44,7 +44,12 @@ def report(workdir: str | os.PathLike) -> dict[str, Any]:
     "step": step,
     "parameters": sum(a.size for a in jax.tree.leaves(params)),
     "test": measured(
-      experiment, params, split="test", memory=("kept", "zeroed"), rows=rows
+      experiment,
+      params,
+      steps=step,
+      split="test",
+      memory=("kept", "zeroed"),
+      rows=rows,
     ),
   }
   first = jax.process_index() == 0
@@ -85,7 +90,7 @@ def _gathered(params: Any) -> Any:
 
 def _on_one_device(experiment: Experiment, params: Any, step: int) -> Loaded:
   """What `load` would give, without a read that other processes must share."""
-  model = experiment.model
+  model = experiment.model.after(step)
   params = jax.device_put(params, jax.local_devices()[0])
   state = model.open_stream(model.initial_state(1), 1)
   return Loaded(model, params, state, experiment.tokenizer, experiment.config, step)

@@ -29,6 +29,7 @@ MEMORIES = {
     projection="orthogonal",
     chunk=64,
     seed=0,
+    redraw=0,  # steps between two draws of the rows; 0: never
   ),
   "xl+favor": dict(
     xl=dict(kind="xl", size=32),
@@ -39,6 +40,7 @@ MEMORIES = {
       projection="orthogonal",
       chunk=64,
       seed=0,
+      redraw=0,  # steps between two draws of the rows; 0: never
     ),
   ),
 }

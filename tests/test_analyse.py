@@ -99,7 +99,7 @@ def test_running_sums_have_no_group():
   favor = {"kind": "favor", "features": 4, "chunk": 4, "seed": 0}
   memories = {"xl": {"kind": "xl", "size": 6}, "favor": favor}
   own, params = untrained(("xl", "favor"), **memories)
-  found = measured(own, params, split="validation", rows=2, segments=3)
+  found = measured(own, params, steps=0, split="validation", rows=2, segments=3)
   (group,), (first, second) = found["groups"], found["layers"]
   assert group["layers"] == [0] and first["group"] == 0
   assert sum(first["mass"]) == pytest.approx(1)
@@ -112,7 +112,9 @@ def test_running_sums_have_no_group():
 
 def test_a_cache_has_a_share_and_gates():
   own, params = untrained(kind="grc", size=3, ratio=0.5, inner=5)
-  found = measured(own, params, split="validation", rows=2, segments=6, full=True)
+  found = measured(
+    own, params, steps=0, split="validation", rows=2, segments=6, full=True
+  )
   want = observed(own.model, params, own.tokenizer, rows=2, segments=6)
   gates = params["stack"]["blocks_0"]["attention"]["gate"]
   rows = table(found)

@@ -89,9 +89,12 @@ class MemoryAttention(nn.Module):
     return open_stream(state, batch, self.segment, self.width, self.dtype)
 
   @nn.nowrap
-  def draw(self, layer: Array | int) -> Any:
-    """Random constants of layer number `layer`, if the memory has any."""
-    return self.memory.draw(layer, self.width, self.heads)
+  def draw(self, layer: Array | int, step: Array | int = 0) -> Any:
+    """Random constants of layer number `layer`, if the memory has any.
+
+    `step` is the training step that they are of, from 0, and may be traced.
+    """
+    return self.memory.draw(layer, self.width, self.heads, step)
 
   @nn.nowrap
   def slots(self) -> int | None:
@@ -135,8 +138,9 @@ class MemoryAttention(nn.Module):
       state: from `initial_state` (one whole segment of C real tokens a call), from
         `open_stream` (any number of tokens, padding anywhere), or from a former call.
       segment: document starts and padding of the tokens.
-      draw: from `draw(layer)`, if the memory has random constants, None drawing those
-        of layer 0; or the biases (u, v) that a layer shares with others, each H K.
+      draw: from `draw(layer, step)`, if the memory has random constants, None drawing
+        those of layer 0 in step 0; or the biases (u, v) that a layer shares with
+        others, each H K.
       deterministic: False turns dropout on; needs the rng "dropout".
 
     Returns:

@@ -92,9 +92,9 @@ class GatedAttention(MemoryAttention):
     )
 
   @nn.nowrap
-  def draw(self, layer: Array | int) -> Any:
+  def draw(self, layer: Array | int, step: Array | int = 0) -> Any:
     """Random constants of the attention beside the cache, which has none."""
-    return self._inner().draw(layer)
+    return self._inner().draw(layer, step)
 
   def setup(self) -> None:
     """Makes the projections of the memory branch."""

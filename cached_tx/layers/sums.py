@@ -1,7 +1,5 @@
 """Linear attention over running sums."""
 
-from typing import Any
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -9,7 +7,7 @@ from jaxtyping import Array, Int
 
 from cached_tx.layers.base import MemoryAttention
 from cached_tx.layers.projections import ToHeads
-from cached_tx.memory import FavorState, cleared
+from cached_tx.memory import Drawn, FavorState
 from cached_tx.ops.favor import favor_attention
 from cached_tx.ops.positions import rotate
 from cached_tx.types import Heads, Hidden, Index, Losses, Segment
@@ -63,15 +61,15 @@ class SumsAttention(MemoryAttention):
     x: Hidden,
     state: FavorState,
     segment: Segment,
-    draw: Any,
+    draw: Drawn | None,
     deterministic: bool,
   ) -> tuple[Heads, FavorState, Losses]:
     """Attends; returns heads before the output projection."""
     del deterministic
-    state = cleared(state)
+    drawn = self.draw(0) if draw is None else draw
+    state = state.made_of(drawn.number)
     if segment.valid is not None:
       x = jnp.where(segment.valid[..., None], x, 0)
-    draw = self.draw(0) if draw is None else draw
     q, k, v = self.query(x), self.key(x), self.value(x)
     place, position = positions_in_document(segment, state.position)
     if self.positions == "rotary":
@@ -81,10 +79,10 @@ class SumsAttention(MemoryAttention):
       q * scale,
       k * scale,
       v,
-      draw,
+      drawn.rows,
       segment,
       state.sums,
       features=self.memory.mapping,
       chunk=self.memory.chunk,
     )
-    return out, FavorState(sums, position), {}
+    return out, FavorState(sums, position, state.draw), {}

@@ -21,7 +21,7 @@ from cached_tx.memory.compressive import (
   CompressiveState,
   UsedState,
 )
-from cached_tx.memory.favor import FavorMemory, FavorState
+from cached_tx.memory.favor import Drawn, FavorMemory, FavorState
 from cached_tx.memory.grc import GRCMemory, GRCState
 from cached_tx.memory.none import NoMemory, NoState
 from cached_tx.memory.saved import load_state, save_state
@@ -76,6 +76,7 @@ __all__ = [
   "Comparison",
   "CompressiveMemory",
   "CompressiveState",
+  "Drawn",
   "FavorMemory",
   "FavorState",
   "GRCMemory",

@@ -144,6 +144,11 @@ class MemoryModule(nn.Module):
     """Whether the M places before a document are zero tokens that are attended to."""
     return False
 
+  @property
+  def redraw(self) -> int:
+    """Training steps between two draws of its random constants; 0: they stay."""
+    return 0
+
   @nn.nowrap
   def check(self, segment: int, width: int, heads: int) -> None:
     """Raises ValueError where the memory does not fit the layer around it."""
@@ -161,7 +166,17 @@ class MemoryModule(nn.Module):
     raise TypeError(f"{type(self).__name__} defines no initial_state")
 
   @nn.nowrap
-  def draw(self, layer: Array | int, width: int, heads: int) -> Any:
-    """Random constants of layer number `layer`: neither parameters nor state."""
-    del layer, width, heads
+  def draw(
+    self, layer: Array | int, width: int, heads: int, step: Array | int = 0
+  ) -> Any:
+    """Random constants of layer number `layer`: neither parameters nor state.
+
+    Args:
+      layer: its number in the model.
+      width: D of the layer's input.
+      heads: H of the layer.
+      step: the training step that they are of, from 0; it may be traced. They change
+        every `redraw` steps.
+    """
+    del layer, width, heads, step
     return None

@@ -5,13 +5,25 @@ from typing import NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
+from jaxtyping import Array, Int
 
 from cached_tx.memory.base import MemoryModule
 from cached_tx.ops.features import FEATURES, FeatureMap
 from cached_tx.ops.projections import PROJECTIONS, Rows, project
-from cached_tx.ops.sums import PrefixSums, no_sums
+from cached_tx.ops.sums import EMPTY, PrefixSums, no_sums
 from cached_tx.types import DType, Index
+
+
+class Drawn(NamedTuple):
+  """The random constants of a layer.
+
+  Attributes:
+    rows: of the projection, float32; None where features are made without.
+    number: of the draw that they are, int32; 0 is the first.
+  """
+
+  rows: Rows | None
+  number: Int[Array, ""]
 
 
 class FavorState(NamedTuple):
@@ -19,6 +31,18 @@ class FavorState(NamedTuple):
 
   sums: PrefixSums
   position: Index  # tokens of the document so far; wraps at 2**32, as rotary angles do
+  draw: Index  # number of the draw that the sums are made of
+
+  def made_of(self, number: Int[Array, ""]) -> "FavorState":
+    """The state for a draw: sums that are made of another one count as empty.
+
+    They are sums of other features, with which no query has a product that means
+    anything. The document's position goes on.
+    """
+    other = self.draw != number
+    top = jnp.where(other[:, None], EMPTY, self.sums.top)
+    sums = self.sums._replace(top=top).cleared()
+    return FavorState(sums, self.position, jnp.full_like(self.draw, number))
 
 
 class FavorMemory(MemoryModule):
@@ -34,6 +58,9 @@ class FavorMemory(MemoryModule):
       then be left at its default, and `seed` mean nothing.
     chunk: tokens per block of the scan; changes speed, not results.
     seed: of the projections, drawn for every layer as a function of (seed, layer).
+    redraw: training steps between two draws of the projections, each a function of
+      (seed, layer, step // redraw); 0: they stay. Sums are forgotten at every redraw:
+      those of another draw, an older or a newer one, count as empty.
   """
 
   features: int = 128
@@ -41,6 +68,7 @@ class FavorMemory(MemoryModule):
   projection: str = "orthogonal"
   chunk: int = 128
   seed: int = 0
+  redraw: int = 0
 
   reader = "sums"
   clocked = False
@@ -58,6 +86,11 @@ class FavorMemory(MemoryModule):
       raise ValueError(
         f"memory.features and memory.chunk are {self.features} and {self.chunk}; "
         "both must be 1 or more"
+      )
+    if self.redraw < 0:
+      raise ValueError(
+        f"memory.redraw is {self.redraw}; it counts training steps: 1 or more, or 0 "
+        "(never)"
       )
     if self.kernel not in FEATURES:
       raise ValueError(
@@ -79,6 +112,11 @@ class FavorMemory(MemoryModule):
           f"memory.features is {self.features}, which counts rows of a projection, but "
           f"memory.projection is 'none': leave it at {type(self).features}"
         )
+      if self.redraw:
+        raise ValueError(
+          f"memory.redraw is {self.redraw}, but memory.projection 'none' has no rows "
+          "to draw: set memory.redraw to 0, or choose a projection"
+        )
     jax.eval_shape(lambda: self.draw(0, width, heads))  # what the width cannot have
 
   @nn.nowrap
@@ -89,12 +127,18 @@ class FavorMemory(MemoryModule):
     rows = None if self.projection == "none" else self.features
     count = self.mapping.count(rows, width // heads)
     sums = no_sums(batch, heads, count, width // heads, dtype)
-    return FavorState(sums, jnp.zeros((batch,), jnp.int32))
+    zeros = lambda: jnp.zeros((batch,), jnp.int32)  # one each, so that both are donated
+    return FavorState(sums, zeros(), zeros())
 
   @nn.nowrap
-  def draw(self, layer: Array | int, width: int, heads: int) -> Rows | None:
-    """The projection of layer number `layer`. float32."""
+  def draw(
+    self, layer: Array | int, width: int, heads: int, step: Array | int = 0
+  ) -> Drawn:
+    """The projection of layer number `layer` in training step `step`, from 0."""
+    number = jnp.asarray(step // self.redraw if self.redraw else 0, jnp.int32)
     if self.projection == "none":
-      return None
+      return Drawn(None, number)
     key = jax.random.fold_in(jax.random.key(self.seed), layer)
-    return project(self.projection, key, self.features, width // heads)
+    if self.redraw:
+      key = jax.random.fold_in(key, number)
+    return Drawn(project(self.projection, key, self.features, width // heads), number)

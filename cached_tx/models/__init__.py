@@ -5,10 +5,10 @@ from typing import Any
 
 from cached_tx.layers import Adaptive
 from cached_tx.memory import MemoryModule, build_memory
-from cached_tx.models.decoder import DecoderLM
+from cached_tx.models.decoder import DecoderLM, last_step
 from cached_tx.options import typed
 
-__all__ = ["DecoderLM", "build_model"]
+__all__ = ["DecoderLM", "build_model", "last_step"]
 
 
 def build_model(config: Any, vocab: int) -> DecoderLM:
@@ -23,7 +23,7 @@ def build_model(config: Any, vocab: int) -> DecoderLM:
   """
   options = dict(config.model)
   pattern = tuple(options.pop("pattern"))
-  elsewhere = {"parent", "name", "vocab", "segment", "tbptt", "memories"}
+  elsewhere = {"parent", "name", "vocab", "segment", "tbptt", "memories", "step"}
   fields = {field.name: field.type for field in dataclasses.fields(DecoderLM)}
   known = fields.keys() - elsewhere
   unknown = sorted(set(options) - known)

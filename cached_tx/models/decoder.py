@@ -5,7 +5,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
+from jaxtyping import Array, Int
 
 from cached_tx.layers import (
   ACTIVATIONS,
@@ -28,6 +28,15 @@ from cached_tx.types import DType, Hidden, Logits, Losses, Segment, State, Token
 
 REMAT = ("none", "dots", "full")
 SLOTS_ONLY = ("head_width", "attention_dropout", "tied_biases")
+
+
+def last_step(steps: int) -> int:
+  """The training step, from 0, that parameters after `steps` of them are read with.
+
+  The last of them, or 0 before the first: what a memory drew for it is what the
+  parameters were trained with last, so that reading a checkpoint draws nothing new.
+  """
+  return max(steps - 1, 0)
 
 
 class Period(nn.Module):
@@ -124,6 +133,8 @@ class DecoderLM(nn.Module):
     vocabulary: an adaptive one, for ids that fall from frequent to rare; where it has
       cutoffs, logits are log-probabilities. None: one table, which embeddings and
       logits share.
+    step: the training step, from 0, whose random constants a call has that names none;
+      `after` sets it.
   """
 
   vocab: int
@@ -149,6 +160,18 @@ class DecoderLM(nn.Module):
   tied_biases: bool = False
   attention: str = "auto"
   vocabulary: Adaptive | None = None
+  step: int = 0
+
+  @nn.nowrap
+  def after(self, steps: int) -> "DecoderLM":
+    """This model, for parameters that `steps` training steps made, or their average.
+
+    Where a memory redraws, it has the random constants of step `last_step(steps)`;
+    otherwise it is the same object, for which everything is compiled already.
+    """
+    if not any(memory.redraw for memory in self.memories):
+      return self
+    return self.clone(step=last_step(steps))
 
   @nn.nowrap
   def check(self) -> None:
@@ -310,7 +333,7 @@ class DecoderLM(nn.Module):
     return jax.tree.map(lambda a: jnp.stack([a] * self.periods), state)
 
   @nn.nowrap
-  def _draws(self) -> tuple[Any, ...]:
+  def _draws(self, step: Array | int) -> tuple[Any, ...]:
     """What layers get besides parameters, stacked: random constants, shared biases."""
     if self.tied_biases:
       shape = (self.heads, self.attentions()[0].head_width)
@@ -323,7 +346,7 @@ class DecoderLM(nn.Module):
       return (stacked,) * len(self.memories)
     period = len(self.memories)
     return tuple(
-      jax.vmap(a.draw)(jnp.arange(i, self.layers, period))
+      jax.vmap(lambda n, a=a: a.draw(n, step))(jnp.arange(i, self.layers, period))
       for i, a in enumerate(self.attentions())
     )
 
@@ -335,6 +358,7 @@ class DecoderLM(nn.Module):
     segment: Segment,
     *,
     deterministic: bool = True,
+    step: Int[Array, ""] | int | None = None,
   ) -> tuple[Logits, State, Losses]:
     """Logits of the token after each token.
 
@@ -344,6 +368,9 @@ class DecoderLM(nn.Module):
         `open_stream` (any L, padding anywhere), or from a former call.
       segment: document starts and padding.
       deterministic: False turns dropout on; needs the rng "dropout".
+      step: the training step, from 0, whose random constants are used; it may be
+        traced. None: the model's own. In training, the steps done before; afterwards
+        as of `last_step`. Memories say what a step changes (`memory.redraw`).
 
     Returns:
       Logits in float32; the state afterwards, of the type it had; auxiliary losses,
@@ -367,7 +394,7 @@ class DecoderLM(nn.Module):
       deterministic=deterministic,
       name="stack",
     )
-    draws = self._draws()
+    draws = self._draws(self.step if step is None else step)
     whole = tokens.shape[1] % self.segment == 0 and segment.valid is None
     clocked = any(memory.clocked for memory in self.memories)
     if not is_stream(state) and (whole or (clocked and tokens.shape[1] > self.segment)):

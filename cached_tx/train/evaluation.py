@@ -6,11 +6,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh
 
 from cached_tx.data import EvaluationBatches, OrderedBatches, Tokens
-from cached_tx.models import DecoderLM
+from cached_tx.models import DecoderLM, last_step
 from cached_tx.train import processes, sharding
 from cached_tx.train.feed import Feed
 from cached_tx.types import Segment, State
@@ -114,7 +115,10 @@ class Evaluator:
     self._step = jax.jit(self._segment, out_shardings=((whole, whole), reading.kept))
 
   def __call__(
-    self, params: Any, memory: Sequence[str] = ("kept",)
+    self,
+    params: Any,
+    memory: Sequence[str] = ("kept",),
+    steps: int | None = None,
   ) -> dict[str, Evaluation]:
     """Predicts every target once by each choice, never with a later token's help.
 
@@ -124,6 +128,8 @@ class Evaluator:
         an empty one (zeroed); that of the row before it (shuffled); its own of
         STALE segments ago (stale). The memory goes on being updated as if nothing
         had happened.
+      steps: training steps that made the parameters: the model is that `after` them.
+        None: as it is.
 
     Returns:
       The score of each choice.
@@ -136,31 +142,32 @@ class Evaluator:
     empty = state = reading.empty()
     # States before the last segments: device memory, for this choice alone.
     past = deque([empty] * STALE if "stale" in memory else [], maxlen=STALE)
+    step = None if steps is None else np.int32(last_step(steps))
     sums = []
     for index in range(reading.count):
       batch = reading.feed(reading.batches[index])
       if not self._compiled:
-        processes.compile_together(self._step, params, state, batch)
+        processes.compile_together(self._step, params, state, batch, step)
         self._compiled = True
       found: dict[str, Any] = {}
       after = empty
       if set(memory) != {"zeroed"}:  # the others need what the past left
-        found["kept"], after = self._step(params, state, batch)
+        found["kept"], after = self._step(params, state, batch, step)
       if "zeroed" in memory:
-        found["zeroed"], _ = self._step(params, empty, batch)
+        found["zeroed"], _ = self._step(params, empty, batch, step)
       if "shuffled" in memory:
-        found["shuffled"], _ = self._step(params, _rolled(state), batch)
+        found["shuffled"], _ = self._step(params, _rolled(state), batch, step)
       if "stale" in memory:
-        found["stale"], _ = self._step(params, past[0], batch)
+        found["stale"], _ = self._step(params, past[0], batch, step)
         past.append(state)
       state = after
       sums.append({name: found[name] for name in memory})
     host = jax.device_get(sums)
     return {name: _total(result[name] for result in host) for name in memory}
 
-  def _segment(self, params: Any, state: State, batch: Any) -> Any:
+  def _segment(self, params: Any, state: State, batch: Any, step: Any) -> Any:
     out: Any = self._model.apply(
-      {"params": params}, batch.tokens, state, Segment(batch.starts)
+      {"params": params}, batch.tokens, state, Segment(batch.starts), step=step
     )
     logits, state, _ = out
     loss = optax.softmax_cross_entropy_with_integer_labels(logits, batch.targets)

@@ -179,7 +179,7 @@ def _run(
         if due(step, config.eval.every):
           params = state.ema if config.optimizer.ema else state.params
           with log.paused():
-            scores = {"loss": evaluator(params)["kept"].loss}
+            scores = {"loss": evaluator(params, steps=step)["kept"].loss}
             log.write(step - 1, scores)
             log.write(step - 1, gauges(params), kind="gauge", show=False)
         leaving = preemption.reached(step)

@@ -54,6 +54,7 @@ def train_step(
       state.memory,
       Segment(batch.starts),
       deterministic=False,
+      step=state.step,
       rngs={"dropout": jax.random.fold_in(state.rng, state.step)},
     )
     logits, memory, losses = out

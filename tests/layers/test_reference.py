@@ -214,7 +214,9 @@ def test_favor(positions, seed):
     params, forward, _, draw = setup(FavorMemory(20, chunk=3), positions)
     x, starts = inputs(seed)
     got, state, _ = forward(params, x, starts, draw)
-    loop = lambda tokens: reference.favor(params, positions, tokens, np.float64(draw))
+    loop = lambda tokens: reference.favor(
+      params, positions, tokens, np.float64(draw.rows)
+    )
     want, rest = rows(x, starts, loop)
     np.testing.assert_allclose(got, want, rtol=0, atol=1e-11)
     for row, (values, keys) in enumerate(rest):

@@ -157,6 +157,15 @@ REFUSED = {
     },
     r"leave it at 128",
   ),
+  "redraw": (
+    {"memory": {"kind": "favor", "redraw": -1}},
+    r"memory\.redraw is -1; it counts training steps",
+  ),
+  "nothing to redraw": (
+    {"memory": {"kind": "favor", "projection": "none", "kernel": "elu1", "redraw": 5}},
+    r"memory\.redraw is 5, but memory\.projection 'none'",
+  ),
+  "step": ({"model": {"step": 3}}, r"model\.step is no option"),
   "relative sums": (
     {"model": {"positions": "relative"}, "memory": {"kind": "favor"}},
     r"model\.positions is 'relative'",
