@@ -1,5 +1,7 @@
 """Linear attention over running sums."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -10,6 +12,7 @@ from cached_tx.layers.projections import ToHeads
 from cached_tx.memory import Drawn, FavorState
 from cached_tx.ops.favor import favor_attention
 from cached_tx.ops.positions import rotate
+from cached_tx.ops.sequence import favor_split
 from cached_tx.types import Heads, Hidden, Index, Losses, Segment
 
 
@@ -30,9 +33,22 @@ def positions_in_document(
   return place, seen[:, -1] - jnp.where(latest[:, -1] > 0, latest[:, -1] - 1, -before)
 
 
+def devices_of_tokens(tokens: int) -> str | None:
+  """The axis of the mesh, if any, whose several devices hold equal parts of a call.
+
+  The mesh is that of `jax.set_mesh`, its axis the one of the logical axis "length".
+  """
+  axes = nn.logical_to_mesh_axes(("length",))
+  sizes = jax.sharding.get_abstract_mesh().shape
+  axis = axes[0] if axes else None
+  size = sizes.get(axis, 1) if isinstance(axis, str) else 1
+  return axis if size > 1 and tokens % size == 0 else None
+
+
 class SumsAttention(MemoryAttention):
   """FAVOR+ over the whole document, whatever calls it comes in.
 
+  Where the tokens of a call are divided among devices, sums alone cross between them.
   Positions are rotary, turned before the feature map, or none. There are no weights
   to drop: dropout acts on the output alone.
   """
@@ -75,7 +91,10 @@ class SumsAttention(MemoryAttention):
     if self.positions == "rotary":
       q, k = rotate(q, place), rotate(k, place)
     scale = self.head_width**-0.25
-    out, sums = favor_attention(
+    axis, attend = devices_of_tokens(x.shape[1]), favor_attention
+    if axis is not None:
+      attend = functools.partial(favor_split, axis)
+    out, sums = attend(
       q * scale,
       k * scale,
       v,

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
 from cached_tx.ops.favor import favor_attention, favor_sums
@@ -66,6 +67,39 @@ def favor_over(
   start = unpacked(before.sums)
   out, _ = favor_attention(q, k, v, w, segment, start, **options)
   return out, unpacked(total.sums)
+
+
+def favor_split(
+  axis: str,
+  q: Heads,
+  k: Heads,
+  v: Float[Array, "B L H Kv"],
+  w: Rows | None,
+  segment: Segment,
+  sums: PrefixSums,
+  **options: Any,
+) -> tuple[Float[Array, "B L H Kv"], PrefixSums]:
+  """`favor_attention` over arrays whose tokens lie along one axis of the mesh.
+
+  For programs traced under `jax.set_mesh`; other axes of the mesh are left as they are.
+
+  Args:
+    axis: of the mesh; its size divides L.
+    q, k, v, w, segment, sums, **options: as of `favor_attention`.
+  """
+  split, same = PartitionSpec(None, axis), PartitionSpec()
+
+  def own(q, k, v, w, segment, sums):
+    return favor_over(axis, q, k, v, w, segment, sums, **options)
+
+  mapped = jax.shard_map(
+    own,
+    in_specs=(split, split, split, same, split, same),
+    out_specs=(split, same),
+    axis_names={axis},
+    check_vma=False,
+  )
+  return mapped(q, k, v, w, segment, sums)
 
 
 def _gathered(own: Part, axis: str) -> Part:

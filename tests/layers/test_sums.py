@@ -1,4 +1,6 @@
-"""Running sums across a redraw of their rows."""
+"""Running sums: across a redraw of their rows, and across devices."""
+
+import re
 
 import jax
 import jax.numpy as jnp
@@ -6,8 +8,9 @@ import numpy as np
 
 from cached_tx.layers import GatedAttention, attention_for
 from cached_tx.memory import FavorMemory, GRCMemory, pick_rows, stack_rows
+from cached_tx.train import sharding
 from cached_tx.types import Segment
-from tests.kinds import jit, precision
+from tests.kinds import assert_close, jit, precision
 
 D, H, C, B, L = 8, 2, 4, 2, 6
 EVERY = 2  # steps between two draws
@@ -105,3 +108,32 @@ def test_sums_beside_a_cache_are_redrawn_too():
   np.testing.assert_array_equal(first.rows, same.rows)
   assert not np.array_equal(first.rows, second.rows)
   np.testing.assert_array_equal(second.rows, inner.draw(1, EVERY).rows)
+
+
+def test_tokens_on_several_devices_send_sums_alone():
+  """Outputs, state and gradients are those of one device."""
+  x, segment = inputs(3)
+  x, starts = jnp.tile(x, (1, 4, 1)), jnp.tile(segment.starts, (1, 4))
+  segment = Segment(starts.at[1, 9].set(True))
+  layer = layer_of()
+  with precision("float64"):
+    state = layer.initial_state(B)
+    params = layer.init(jax.random.key(0), x, state, segment)["params"]
+
+    def loss(x):
+      out, after, _ = layer.apply({"params": params}, x, state, segment)
+      return (out * jnp.cos(out)).sum() + after.sums.values.sum(), (out, after)
+
+    run = jax.value_and_grad(loss, has_aux=True)
+    want = jax.jit(run)(x)
+    mesh = sharding.make_mesh(2, 1, 1, 4)
+    with sharding.on(mesh):
+      place = jax.NamedSharding(mesh, jax.P("data", "sequence"))
+      compiled = jax.jit(run).lower(jax.device_put(x, place)).compile()
+      got = compiled(jax.device_put(x, place))
+  assert_close(got, want, 1e-12)
+  names = r"(?:all-[a-z]*|reduce-scatter|collective-permute)"
+  crossed = re.findall(rf"= (f\d+\S*) {names}\(", compiled.as_text())
+  sums = 6 * (D // H + 1) + 2  # numbers of a row, head and device
+  assert sum(f",{sums}]" in shape for shape in crossed) == 4
+  assert not [s for s in crossed if f",{sums}]" not in s and "[]" not in s]

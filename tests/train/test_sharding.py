@@ -44,9 +44,9 @@ def text() -> Path:
 
 
 @functools.cache
-def three_steps(*shape: int, seed: int | None = None) -> Ran:
+def three_steps(*shape: int, kind: str = "compressive", seed: int | None = None) -> Ran:
   """Dropout is on; `seed` draws its masks anew."""
-  own = toy.get_config("compressive").unlock()
+  own = toy.get_config(kind).unlock()
   own.batch, own.model.layers, own.data.path = ROWS, 1, str(text())
   experiment = Experiment(own.lock(), mesh(*shape))
   with sharding.on(experiment.mesh):
@@ -104,9 +104,12 @@ def test_arrays_are_born_where_the_rules_say(shape):
   }
 
 
-@pytest.mark.parametrize("shape", MESHES)
-def test_a_mesh_changes_no_number(shape):
-  got, want = three_steps(*shape), three_steps(1, 1, 1, 1)
+@pytest.mark.parametrize(
+  "kind,shape",
+  [*(("compressive", shape) for shape in MESHES), ("favor", (2, 1, 1, 4))],
+)
+def test_a_mesh_changes_no_number(kind, shape):
+  got, want = three_steps(*shape, kind=kind), three_steps(1, 1, 1, 1, kind=kind)
   np.testing.assert_allclose(got.losses, want.losses, rtol=1e-6)
   for (name, a), b in zip(
     named(got.end).items(), named(want.end).values(), strict=True
