@@ -352,7 +352,8 @@ def _causal_backward(how, saved, cotangents):
     both = jnp.concatenate([ahead, own], axis=-1)
     return _span_pull(how, jax.tree.map(cut, tokens), w, before, both, after)
 
-  after, last = after.both, None
+  after = after.both
+  last: Any = None
   if rest:
     last, after = one(full, rest, after)
   if not full:
