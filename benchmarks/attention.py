@@ -3,6 +3,8 @@ r"""Causal FAVOR+ beside what else there is: time and memory by length.
 python -m benchmarks.attention                          what runs in JAX
 python -m benchmarks.attention --torch PYTHON           and PyTorch, in that Python
 python -m benchmarks.attention --lengths 512,4096 --dtypes float32
+python -m benchmarks.attention --lengths 1048576 --dtypes bfloat16 --rounds 1 \
+    --kind "ours, scan"
 python -m benchmarks.attention --only plot
 
 B 1, H 8, K 64, R 256. Kinds take turns in every round, so that a machine that changes
@@ -17,11 +19,12 @@ import contextlib
 import functools
 import json
 import os
+import resource
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import jax
@@ -31,6 +34,7 @@ from benchmarks import attention_rivals as rivals
 from benchmarks.machine import ROOT, describe
 from benchmarks.records import RESULTS, alike, append, measured_by
 from benchmarks.timing import matmul_rate
+from cached_tx.ops.blockwise import blockwise_attention
 from cached_tx.ops.favor import favor_attention, no_sums
 from cached_tx.ops.projections import project
 from cached_tx.tables import aligned
@@ -51,17 +55,26 @@ def _favor(form: str) -> Attend:
   return attend
 
 
+def _blocks(q: jax.Array, k: jax.Array, v: jax.Array, w: jax.Array) -> jax.Array:
+  del w
+  return blockwise_attention(q * K**-0.5, k, v, kernel="blocks")
+
+
 JAX_KINDS: dict[str, Attend] = {
   "ours, scan": _favor("scan"),
   "ours, associative": _favor("associative"),
   "official algorithm": rivals.official,
   "prefix sum over tokens": rivals.naive,
+  "ours, exact by blocks": _blocks,
   "JAX exact": rivals.exact,
 }
 TORCH_KINDS = ("torch exact", "performer-pytorch")
+FAVOR_KINDS = ("ours, scan", "ours, associative")
+LONG = 2**18  # from here on a call takes so long that it need not warm up
 LONGEST = {  # of a kind that takes minutes or more than 16 GB beyond
   "official algorithm": 16384,
   "prefix sum over tokens": 1024,
+  "ours, exact by blocks": 16384,
   "JAX exact": 4096,
   "torch exact": 16384,
   "performer-pytorch": 2048,
@@ -139,17 +152,23 @@ def torch_process(python: str | None) -> Iterator[Callable[..., dict[str, Any]] 
     process.stdin.close()
 
 
-def measure(lengths: list[int], dtypes: list[str], rounds: int, python: str | None):
+def measure(
+  lengths: list[int],
+  dtypes: list[str],
+  rounds: int,
+  python: str | None,
+  kinds: Collection[str],
+):
   """Writes a record per kind, length and dtype."""
   about = describe()
   with torch_process(python) as ask:
     for dtype in dtypes:
       for length in lengths:
-        _measure(length, dtype, rounds, ask, about)
+        _measure(length, dtype, rounds, ask, about, kinds)
 
 
-def _measure(length, dtype, rounds, ask, about):
-  fits = lambda kind: length <= LONGEST.get(kind, length)
+def _measure(length, dtype, rounds, ask, about, kinds):
+  fits = lambda kind: kind in kinds and length <= LONGEST.get(kind, length)
   cases = {
     kind: Case(attend, length, dtype)
     for kind, attend in JAX_KINDS.items()
@@ -162,14 +181,15 @@ def _measure(length, dtype, rounds, ask, about):
       timers[kind] = lambda name, again=again: again(name)["seconds"]
   found: dict[str, dict[str, list[float]]] = {}
   rates = []
-  for number in range(rounds + 1):  # the first one warms up
+  warm = length < LONG
+  for number in range(rounds + warm):
     rates.append(matmul_rate())
     for kind, timer in timers.items():
       for name in ("forward", "both"):
         seconds = timer(name)
-        if number:
+        if number >= warm:
           found.setdefault(kind, {}).setdefault(name, []).append(seconds)
-  rate = statistics.median(rates[1:])
+  rate = statistics.median(rates[warm:])
   for kind, times in found.items():
     record = {
       "kind": kind,
@@ -181,12 +201,18 @@ def _measure(length, dtype, rounds, ask, about):
       "rounds": rounds,
     }
     if kind in cases:
+      record["peak_resident_mib"] = peak_resident()
       record |= {f"{n}_temporary": b for n, b in cases[kind].temporary.items()}
-    if kind.startswith("ours"):
+    if kind in FAVOR_KINDS:
       share = counted_flops(length) / record["forward_ms"] / 1e6 / rate
       record["share_of_product_rate"] = share
     append(RESULTS / "attention.jsonl", record | about)
     print(json.dumps(record), flush=True)
+
+
+def peak_resident() -> float:
+  """MiB that this process has had in memory at most, with what ran before."""
+  return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def newest() -> list[dict[str, Any]]:
@@ -247,11 +273,14 @@ def main():
   parser.add_argument("--dtypes", default="float32,bfloat16")
   parser.add_argument("--rounds", type=int, default=5)
   parser.add_argument("--torch", help="a Python that has torch and performer-pytorch")
+  every = (*JAX_KINDS, *TORCH_KINDS)
+  parser.add_argument("--kind", choices=every, action="append", help="only these")
   parser.add_argument("--only", choices=["plot"])
   given = parser.parse_args()
   if given.only is None:
     lengths = [int(length) for length in given.lengths.split(",")]
-    measure(lengths, given.dtypes.split(","), given.rounds, given.torch)
+    dtypes, kinds = given.dtypes.split(","), given.kind or every
+    measure(lengths, dtypes, given.rounds, given.torch, kinds)
   print(table(newest()), file=sys.stdout)
   plot(newest())
 
