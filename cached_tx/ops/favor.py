@@ -161,8 +161,8 @@ def favor_bidirectional(
     keys: which keys exist. None: all.
     documents: where a row holds several: the number of each token's document, padding
       inside it included; tokens of one document stand side by side. A query then sees
-      the keys of its document alone. Memory grows by three states per chunk. None: a
-      row is one document.
+      the keys of its document alone. Memory grows by a few states per chunk, and the
+      time is about twice as long. None: a row is one document.
     span: tokens whose features exist at a time.
     chunk: tokens per chunk where `documents` are given. It changes speed and memory,
       not the estimate.
@@ -413,7 +413,9 @@ def _both_ways(last: Part, first: Part) -> Float[Array, "N B H R K1"]:
     return total, total.sums
 
   parts = jax.tree.map(lambda x, y: jnp.stack([x, y[::-1]], axis=1), last, first)
-  empty = Sums(jnp.zeros_like(parts.sums.both[0]), parts.sums.top[0] * 0 + EMPTY)
+  empty = Sums(
+    jnp.zeros_like(parts.sums.both[0]), jnp.full_like(parts.sums.top[0], EMPTY)
+  )
   _, found = jax.lax.scan(step, Part(empty, parts.fresh[0]), parts)  # N 2 B H
   before = jax.tree.map(lambda x: x[:, 0], found)
   # What follows chunk n is what chunk n + 1 and those behind it bring.

@@ -84,7 +84,7 @@ def rows_of(layer):
   return np.float64(project(layer.projection, key, M, K))
 
 
-# Worst error measured on CPU: WORST_ENCODER.
+# Worst error measured on CPU: 5.2e-13 (trigonometric), 1.0e-15 of all others.
 @EACH
 def test_encoder_equals_a_loop(options):
   layer = layer_of(**options)
@@ -101,10 +101,12 @@ def test_encoder_equals_a_loop(options):
     rotary = layer.positions == "rotary"
     want = favor_encoder(params, layer.kernel, rows, row, rotary)
     want = [np.zeros((H, K)) if y is None else y for y in want]
-    np.testing.assert_allclose(got[b], want, rtol=0, atol=1e-12)
+    np.testing.assert_allclose(
+      got[b], want, rtol=0, atol=1e-11 if layer.kernel == "trigonometric" else 1e-13
+    )
 
 
-# Worst error measured on CPU: WORST_CROSS.
+# Worst error measured on CPU: 8.9e-16.
 @pytest.mark.parametrize("name", ["plain", "hyperbolic", "relu", "bare"])
 def test_cross_attention_equals_a_loop(name):
   """Of fewer, more and no tokens; one row has no source, one no queries."""

@@ -400,7 +400,8 @@ def by_loops(kind, q, k, v, w, documents, mask):
   return out
 
 
-# Worst error measured on CPU, relative to the largest number: WORST_LOOPS.
+# Worst error measured on CPU, relative to the largest number: 1.6e-14
+# (trigonometric), 3.7e-16 of all others.
 @pytest.mark.parametrize("kind", FEATURES)
 def test_documents_of_a_row_equal_loops_over_pairs(kind):
   rng = np.random.default_rng(1)
@@ -413,7 +414,7 @@ def test_documents_of_a_row_equal_loops_over_pairs(kind):
   assert not np.asarray(got)[~mask].any()
 
 
-# Worst error measured on CPU, relative to the largest number: WORST_CUTS.
+# Worst error measured on CPU, relative to the largest number: 1.5e-15.
 @pytest.mark.parametrize("chunk,span", [(1, 1), (4, 8), (5, 11), (128, 2048)])
 def test_gradients_of_documents_equal_those_of_all_pairs(chunk, span):
   """However long they are, and whatever padding holds."""
