@@ -407,22 +407,21 @@ def _total(v: Array, own: _Own, which: Bool[Array, "N B 1 C"]) -> Sums:
 
 def _both_ways(last: Part, first: Part) -> Float[Array, "N B H R K1"]:
   """X_n, of the sums of each chunk over the documents it ends in and began in."""
+  some = jnp.zeros_like(last.fresh[0])
+  nothing = jnp.zeros_like(last.sums.both[0]), jnp.full_like(last.sums.top[0], EMPTY)
+  empty = Part(Sums(*nothing), some)
 
-  def step(total, now):
-    total = joined(total, now)
-    return total, total.sums
+  def forth(before, now):
+    before = joined(before, now)
+    return before, before.sums
 
-  parts = jax.tree.map(lambda x, y: jnp.stack([x, y[::-1]], axis=1), last, first)
-  empty = Sums(
-    jnp.zeros_like(parts.sums.both[0]), jnp.full_like(parts.sums.top[0], EMPTY)
-  )
-  _, found = jax.lax.scan(step, Part(empty, parts.fresh[0]), parts)  # N 2 B H
-  before = jax.tree.map(lambda x: x[:, 0], found)
-  # What follows chunk n is what chunk n + 1 and those behind it bring.
-  follow = lambda x, none: jnp.concatenate([x[::-1, 1][1:], none[:1]])
-  behind = jax.tree.map(follow, found, empty)
-  some = jnp.zeros(before.top.shape, bool)
-  return joined(Part(before, some), Part(behind, some)).sums.both
+  def back(behind, now):
+    before, own = now
+    whole = joined(Part(before, some), Part(behind.sums, some))
+    return joined(behind, own), whole.sums.both
+
+  _, before = jax.lax.scan(forth, empty, last)
+  return jax.lax.scan(back, empty, (before, first), reverse=True)[1]
 
 
 def _picked(

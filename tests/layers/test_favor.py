@@ -88,7 +88,8 @@ def rows_of(layer):
 @EACH
 def test_encoder_equals_a_loop(options):
   layer = layer_of(**options)
-  x, starts, valid = batch_of(0)
+  x, starts, valid = batch_of(8)
+  assert (starts & valid).sum() == 4
   rows = rows_of(layer)
   with precision("float64"):
     params = of_encoder(layer)
@@ -293,6 +294,7 @@ def test_rows_are_constants():
     given = run(params, x, starts, valid, drawn)
     np.testing.assert_allclose(given, want, rtol=0, atol=1e-14)
     segment = Segment(jnp.asarray(starts), jnp.asarray(valid))
+    x = jnp.asarray(x)
     total = lambda w: layer.apply({"params": params}, x, segment, rows=w).sum()
     slope = jit(jax.grad(total))(drawn)
     assert not np.asarray(slope).any()

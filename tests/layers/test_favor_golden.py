@@ -43,7 +43,7 @@ def bidirectional(q, k, v, w=None, keys=None, features=SAME):
   run = jit(
     lambda q, k, v: favor_bidirectional(q, k, v, w, keys=keys, features=features)
   )
-  return np.moveaxis(run(q, k, v), 2, 1)
+  return np.moveaxis(np.asarray(run(q, k, v)), 2, 1)
 
 
 def test_reference_has_the_numbers_of_performer_pytorch():
@@ -113,7 +113,7 @@ def test_causal_attention_of_the_features_of_performer_pytorch():
     return favor_attention(q, k, v, None, segment, sums, features=SAME)[0]
 
   with precision("float64"):
-    got = np.moveaxis(jit(run)(*map(tokens_first, args)), 2, 1)
+    got = np.moveaxis(np.asarray(jit(run)(*map(tokens_first, args))), 2, 1)
   whole, bare = official.causal(*args), official.causal(*args, epsilon=0)
   assert_close(got, bare, 1e-12)
   assert_close(got + (whole - bare), z["causal_noncuda"], TOLERANCE)
