@@ -1,10 +1,19 @@
-"""Axis letters and array aliases. One letter, one meaning, everywhere.
+"""Axis letters and array aliases. One letter, one meaning, but for linear attention.
 
 B batch rows         L tokens of a call      C tokens of the clock (a segment)
 M memory slots       S keys attended         T tokens of a training step
 D width              H heads                 K width per head
 F MLP hidden         R random features       V vocabulary
 N layers of a stack  P layers of a period    G periods of a stack
+Q queries of a call  W distances             A planes of rotary positions
+E another width: of a cache's heads, of the other sequence of cross attention
+
+In linear attention (ops/favor.py, sums.py, features.py, projections.py) some mean
+something else, for there is neither clock nor slot nor stack:
+
+M rows of a projection          R features, made of M rows or of K channels
+T tokens of a span              C tokens of a chunk       N chunks, or spans
+K1 values and a one: Kv + 1     Kv width of a value where it may differ from K
 """
 
 from typing import Any, NamedTuple

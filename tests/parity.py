@@ -25,6 +25,7 @@ from benchmarks.machine import describe  # noqa: E402
 from tests.kinds import precision  # noqa: E402
 from tests.layers import (  # noqa: E402
   test_compressive,
+  test_favor_golden,
   test_grc_golden,
   test_transformer_xl,
 )
@@ -122,6 +123,21 @@ def of_grc() -> Iterator[tuple[str, Errors]]:
     yield f"grc/{name}", noted(test_grc_golden, "assert_close", run)
 
 
+def of_performers() -> Iterator[tuple[str, Errors]]:
+  """Files of other Performers: what is compared with their numbers in float32."""
+  own = test_favor_golden
+  files = {
+    "performer_pytorch": (
+      own.test_features_of_performer_pytorch,
+      own.test_attention_of_the_features_of_performer_pytorch,
+      own.test_causal_attention_of_the_features_of_performer_pytorch,
+    ),
+    "t2t_token_performer": (own.test_token_performer,),
+  }
+  for name, tests in files.items():
+    yield name, noted(own, "assert_close", lambda tests=tests: [t() for t in tests])
+
+
 def main() -> None:
   """Prints markdown rows as they are found."""
   about = describe()
@@ -130,7 +146,9 @@ def main() -> None:
     f"{about['python']}, JAX {about['jax']}:\n"
   )
   print("| file of `tests/golden` | worst error |\n|---|---|")
-  for name, errors in itertools.chain(of_xl(), of_compressive(), of_grc()):
+  for name, errors in itertools.chain(
+    of_xl(), of_compressive(), of_grc(), of_performers()
+  ):
     assert errors.arrays, name
     print(f"| `{name}` | {errors.worst:.1e} |")
     sys.stdout.flush()

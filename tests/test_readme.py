@@ -6,6 +6,7 @@ import shlex
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import pytest
 from absl import flags
 
@@ -34,6 +35,14 @@ def test_a_layer_in_ones_own_model(tmp_path):
   assert all(row.shape == (2,) for row in jax.tree.leaves(names["losses"]))
   assert names["state"].recent.valid.all()  # the memory is full after three segments
   assert (names["stream"].phase == 36 % 16).all()  # of 5, 1 and 30 tokens more
+
+
+def test_the_encoder_of_the_page_on_performers(tmp_path):
+  page = (ROOT / "docs" / "performers.md").read_text(encoding="utf-8")
+  (code,) = re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+  (tmp_path / "page.py").write_text(code, encoding="utf-8")
+  names = runpy.run_path(str(tmp_path / "page.py"))
+  assert names["out"].shape == (2, 7, 32) and jnp.isfinite(names["out"]).all()
 
 
 def test_the_two_commands_come_first():

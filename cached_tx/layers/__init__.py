@@ -12,6 +12,7 @@ from cached_tx.layers.block import NORMS, Block, layer_norm
 from cached_tx.layers.clock import Stream, is_stream
 from cached_tx.layers.dropout import Dropout, check_rate
 from cached_tx.layers.encoder import EncoderAttention, GatedEncoderAttention
+from cached_tx.layers.favor import FavorCrossAttention, FavorEncoderAttention
 from cached_tx.layers.gated import GatedAttention, GatedState
 from cached_tx.layers.mlp import ACTIVATIONS, MLP
 from cached_tx.layers.slots import SlotAttention
@@ -57,6 +58,8 @@ __all__ = [
   "Block",
   "Dropout",
   "EncoderAttention",
+  "FavorCrossAttention",
+  "FavorEncoderAttention",
   "GatedAttention",
   "GatedEncoderAttention",
   "GatedState",

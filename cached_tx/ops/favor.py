@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from cached_tx.ops.features import FEATURES, FeatureMap
 from cached_tx.ops.projections import Rows
@@ -129,6 +129,8 @@ def favor_attention(
       f"sums are of {sums.values.shape[2]} features and values {sums.values.shape[3]} "
       f"wide, but there are {made} features and values {v.shape[-1]} wide"
     )
+  if not v.shape[1]:
+    return v, sums
   how = _How(features, chunk, span, form)
   tokens = _Tokens(q, k, v, segment.starts & segment.real, segment.real)
   wide = jnp.promote_types(jnp.result_type(q, k, v), sums.values.dtype)
@@ -145,8 +147,10 @@ def favor_bidirectional(
   *,
   queries: Mask | None = None,
   keys: Bool[Array, "B S"] | None = None,
+  documents: Int[Array, "B L"] | None = None,
   features: FeatureMap = FEATURES["positive"],
   span: int = SPAN,
+  chunk: int = 128,
 ) -> Float[Array, "B L H Kv"]:
   """Attention of every query to every key, in time linear in L and S.
 
@@ -155,16 +159,39 @@ def favor_bidirectional(
       number: cross attention.
     queries: which queries are real; the others get 0. None: all.
     keys: which keys exist. None: all.
+    documents: where a row holds several: the number of each token's document, padding
+      inside it included; tokens of one document stand side by side. A query then sees
+      the keys of its document alone. Memory grows by a few states per chunk, and the
+      time is about twice as long. None: a row is one document.
     span: tokens whose features exist at a time.
+    chunk: tokens per chunk where `documents` are given. It changes speed and memory,
+      not the estimate.
 
   Returns:
     The output, 0 where there is no key. Gradients flow to q, k and v.
+
+  Raises:
+    ValueError: for a `span` or `chunk` that is not one, and for documents where
+      queries and keys differ in number.
   """
   _check_span(span)
+  if chunk < 1:
+    raise ValueError(f"chunk is {chunk}; it counts tokens: 1 or more")
+  if documents is not None and q.shape[1] != k.shape[1]:
+    raise ValueError(
+      f"documents are those of {q.shape[1]} queries, but there are {k.shape[1]} keys: "
+      "leave documents out, or attend among tokens of one sequence"
+    )
+  if not q.shape[1]:
+    return jnp.zeros((*q.shape[:3], v.shape[-1]), v.dtype)
   w = _constant(w)
   everything = lambda x: jnp.ones(x.shape[:2], bool)
   keys = everything(k) if keys is None else keys
   queries = everything(q) if queries is None else queries
+  q = jnp.where(queries[..., None, None], q, 0)
+  if documents is not None:
+    out = _by_document(_How(features, chunk, span, None), q, k, v, w, keys, documents)
+    return jnp.where(queries[..., None, None], out, 0)
   sums = _summed(features, span, k, v, w, keys)
 
   @jax.checkpoint
@@ -172,7 +199,6 @@ def favor_bidirectional(
     total = _einsum(v, "bthr,bhrk->bthk", features(q, w).values, sums.both)
     return _divided(total)[0].astype(v.dtype)
 
-  q = jnp.where(queries[..., None, None], q, 0)
   out = jnp.moveaxis(jax.lax.map(ask, _spans(q, span)), 0, 1)
   out = out.reshape(q.shape[0], -1, *out.shape[3:])[:, : q.shape[1]]
   return jnp.where(queries[..., None, None], out, 0)
@@ -223,6 +249,8 @@ def _summed(
   """The sums over all shown keys."""
   k = jnp.where(shown[..., None, None], k, 0)
   v = jnp.where(shown[..., None, None], v, 0)
+  if not k.shape[1]:  # one key that is not shown, so that every span holds some
+    k, v, shown = (_padded(x, 1) for x in (k, v, shown))
   k, v, shown = (_spans(x, span) for x in (k, v, shown))
   # Scales are computed once: twice, large ones might differ.
   scale = jax.lax.map(lambda k: features(k, w).scale, k)
@@ -247,8 +275,13 @@ def _summed(
 def _spans(x: Array, span: int) -> Array:
   """B L ... -> N B T ..., with zeros behind: the pieces of at most `span` tokens."""
   T = min(span, x.shape[1])
-  x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % T)) + ((0, 0),) * (x.ndim - 2))
+  x = _padded(x, -x.shape[1] % T)
   return jnp.moveaxis(x.reshape(x.shape[0], -1, T, *x.shape[2:]), 1, 0)
+
+
+def _padded(x: Array, size: int) -> Array:
+  """B L ... with `size` zeros behind the L."""
+  return jnp.pad(x, ((0, 0), (0, size)) + ((0, 0),) * (x.ndim - 2))
 
 
 def _precision(v: Array) -> jax.lax.PrecisionLike:
@@ -277,6 +310,142 @@ def _divided(total: Float[Array, "... K1"]) -> tuple[Array, Array]:
   scale = jax.lax.stop_gradient(below)
   out = jnp.where(none, 0, (total[..., :-1] / scale) / (below / scale))
   return out, jnp.where(none | jnp.isnan(below), jnp.inf, below)[..., 0]
+
+
+# The bidirectional form where rows hold several documents. Sums over a document that
+# touches a border between chunks are put together from both sides of it.
+
+
+class _Own(NamedTuple):
+  """Keys of a batch of chunks, and where documents end in them."""
+
+  k: Float[Array, "N B H C R"]
+  both: Float[Array, "N B H C K1"]
+  scale: Float[Array, "N B H C"]
+  shown: Bool[Array, "N B 1 C"]
+  begun: Int[Array, "N B 1 C"]  # documents that began in the chunk up to this token
+
+  @property
+  def last(self) -> Bool[Array, "N B 1 C"]:
+    """Which tokens are of the document that the chunk ends in."""
+    return self.begun == self.begun[..., -1:]
+
+
+def _by_document(
+  how: _How,
+  q: Heads,
+  k: Heads,
+  v: Array,
+  w: Rows | None,
+  keys: Mask,
+  documents: Int[Array, "B L"],
+) -> Array:
+  """The output of every query over the keys of its own document.
+
+  X_n, the sums over all of the document that chunk n ends in, serves every token of
+  the chunk that is of it, and those of chunk n + 1 that still are. Documents that lie
+  inside a chunk and touch none of its borders are left: their pairs are taken one by
+  one, where there are any.
+  """
+  size = min(how.chunk, q.shape[1])
+  span = max(how.span // size, 1) * size
+  k, v = (jnp.where(keys[..., None, None], x, 0) for x in (k, v))
+  new = documents[:, 1:] != documents[:, :-1]
+  starts = jnp.pad(new, ((0, 0), (1, 0)), constant_values=True)
+  tokens = tuple(_spans(x, span) for x in (k, v, starts, keys))
+
+  def chunks(k, v, starts, shown):
+    k, scale = how.features(_chunked(k, size), w)
+    starts, shown = (_spans(x, size)[:, :, None] for x in (starts, shown))
+    begun = jnp.cumsum(starts, axis=-1)
+    return _Own(k, _with_ones(_chunked(v, size), k.dtype), scale, shown, begun)
+
+  @jax.checkpoint
+  def borders(tokens):
+    own = chunks(*tokens)
+    fresh = jnp.broadcast_to(own.begun[..., -1] > 0, own.scale.shape[:-1])
+    ends = _total(v, own, own.last), _total(v, own, own.begun == 0)
+    return tuple(Part(sums, fresh) for sums in ends)
+
+  @jax.checkpoint
+  def ask(now):
+    q, tokens, here, before = now
+    own, values = chunks(*tokens), how.features(_chunked(q, size), w).values
+    older = (own.begun == 0) & ~own.last
+    total = jnp.where(
+      own.last[..., None],
+      _picked(v, values, own.last, here),
+      _picked(v, values, older, before),
+    )
+    inner = ~(own.last | older)
+    total = jax.lax.cond(
+      inner.any(),
+      lambda: jnp.where(inner[..., None], _paired(v, values, own, inner), total),
+      lambda: total,
+    )
+    return _joined(_divided(total)[0].astype(v.dtype), q.shape[1])
+
+  flat = lambda x: x.reshape(-1, *x.shape[2:])
+  last, first = jax.tree.map(flat, jax.lax.map(borders, tokens))
+  here = _both_ways(last, first)
+  before = jnp.concatenate([jnp.zeros_like(here[:1]), here[:-1]])
+  count = tokens[0].shape[0]
+  grouped = lambda x: x.reshape(count, -1, *x.shape[1:])
+  asks = _spans(q, span), tokens, grouped(here), grouped(before)
+  out = jnp.moveaxis(jax.lax.map(ask, asks), 0, 1)
+  return out.reshape(q.shape[0], -1, *out.shape[3:])[:, : q.shape[1]]
+
+
+def _total(v: Array, own: _Own, which: Bool[Array, "N B 1 C"]) -> Sums:
+  """The sums over some keys of each chunk."""
+  which = which & own.shown
+  top = jnp.where(which, own.scale, EMPTY).max(axis=-1)
+  gap = jnp.minimum(own.scale - top[..., None], 0)
+  share = jnp.where(which, jnp.exp(gap), 0)[..., None]
+  return Sums(_einsum(v, "nbhcr,nbhck->nbhrk", own.k, faded(share, own.both)), top)
+
+
+def _both_ways(last: Part, first: Part) -> Float[Array, "N B H R K1"]:
+  """X_n, of the sums of each chunk over the documents it ends in and began in."""
+  some = jnp.zeros_like(last.fresh[0])
+  nothing = jnp.zeros_like(last.sums.both[0]), jnp.full_like(last.sums.top[0], EMPTY)
+  empty = Part(Sums(*nothing), some)
+
+  def forth(before, now):
+    before = joined(before, now)
+    return before, before.sums
+
+  def back(behind, now):
+    before, own = now
+    whole = joined(Part(before, some), Part(behind.sums, some))
+    return joined(behind, own), whole.sums.both
+
+  _, before = jax.lax.scan(forth, empty, last)
+  return jax.lax.scan(back, empty, (before, first), reverse=True)[1]
+
+
+def _picked(
+  v: Array,
+  q: Float[Array, "N B H C R"],
+  which: Bool[Array, "N B 1 C"],
+  sums: Float[Array, "N B H R K1"],
+) -> Float[Array, "N B H C K1"]:
+  """Numerator and denominator of the queries that the sums are for."""
+  q = jnp.where(which[..., None], q, 0)  # 0 x NaN, in the gradient, would be NaN
+  return _einsum(v, "nbhcr,nbhrk->nbhck", q, sums)
+
+
+def _paired(
+  v: Array, q: Float[Array, "N B H C R"], own: _Own, which: Bool[Array, "N B 1 C"]
+) -> Float[Array, "N B H C K1"]:
+  """The same by pairs of tokens of one document inside a chunk."""
+  seen = own.begun[..., :, None] == own.begun[..., None, :]
+  seen = seen & which[..., :, None] & own.shown[..., None, :]
+  scale = own.scale[..., None, :]
+  top = jnp.where(seen, scale, EMPTY).max(axis=-1, keepdims=True)
+  share = jnp.where(seen, jnp.exp(jnp.minimum(scale - top, 0)), 0)
+  pairs = faded(share, _einsum(v, "nbhcr,nbhsr->nbhcs", q, own.k))
+  return _einsum(v, "nbhcs,nbhsk->nbhck", pairs, own.both)
 
 
 # The causal form. Forward and backward go over spans; a span is a batch of chunks.

@@ -79,7 +79,7 @@ class FeatureMap:
     if self.projected and not given:
       raise ValueError(
         f"the features {self.rule.__name__.strip('_')!r} of the softmax kernel need "
-        "the rows of a projection, and there are none: choose a memory.projection"
+        "the rows of a projection, and there are none: give some, as of `project`"
       )
 
 
@@ -121,17 +121,6 @@ def elu1(x: Array) -> Array:
   exp(x) below 0, never 1 - 1: its relative precision is that of exp.
   """
   return jnp.where(x > 0, x + 1, jnp.exp(jnp.where(x > 0, 0, x)))
-
-
-def feature_map(name: str) -> FeatureMap:
-  """The map of this name.
-
-  Raises:
-    ValueError: there is none.
-  """
-  if name not in FEATURES:
-    raise ValueError(f"the feature map is {name!r}; one of {', '.join(FEATURES)}")
-  return FEATURES[name]
 
 
 def _positive(x: Float[Array, "... K"], w: Rows) -> Mapped:

@@ -31,9 +31,9 @@ def project(kind: str, key: Array, features: int, width: int) -> Rows:
     ValueError: an unknown kind, no rows, or a width that the kind cannot have.
   """
   if kind not in PROJECTIONS:
-    raise ValueError(f"memory.projection is {kind!r}; one of {', '.join(PROJECTIONS)}")
+    raise ValueError(f"kind is {kind!r}; one of {', '.join(PROJECTIONS)}")
   if features < 1:
-    raise ValueError(f"memory.features is {features}; it counts rows: 1 or more")
+    raise ValueError(f"features is {features}; it counts rows: 1 or more")
   return PROJECTIONS[kind](key, features, width)
 
 
@@ -77,13 +77,16 @@ def hadamard(key: Array, features: int, width: int) -> Rows:
   """
   if width < 1 or width & (width - 1):
     raise ValueError(
-      f"memory.projection is 'hadamard' and a head is {width} wide: Hadamard matrices "
-      "are made for powers of two; choose another width of heads, or another "
-      "memory.projection: orthogonal or regularised"
+      f"width is {width}, but 'hadamard' rows are made of Hadamard matrices, whose "
+      "widths here are powers of two: choose another width of heads, or another "
+      "projection: orthogonal or regularised"
     )
   H = jnp.asarray(_hadamard_matrix(width))
   blocks = -(-features // width)
-  signs = jax.random.rademacher(key, (blocks, 3, width), jnp.float32)
+  half = jnp.float32(0.5)  # by its dtype the draw is the same where 64 bits are enabled
+  signs = (
+    2 * jax.random.bernoulli(key, half, (blocks, 3, width)).astype(jnp.float32) - 1
+  )
   product = H[None]  # all of it times K^1.5
   for i in range(3):
     product = product * signs[:, i, None]

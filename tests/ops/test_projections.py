@@ -120,6 +120,9 @@ def test_a_key_is_all_that_decides(kind):
   # Another program may round otherwise.
   drawn = jax.jit(project, static_argnums=(0, 2, 3))(kind, key, 5, 4)
   np.testing.assert_allclose(drawn, w, rtol=0, atol=2e-6)
+  with jax.enable_x64(True):
+    wide = project(kind, key, 5, 4)
+  np.testing.assert_allclose(wide, w, rtol=0, atol=2e-6)
   others = [jax.random.fold_in(key, layer) for layer in range(3)]
   others = [w, *(project(kind, other, 5, 4) for other in [*others, jax.random.key(8)])]
   for i, a in enumerate(others):
@@ -131,9 +134,9 @@ def test_a_key_is_all_that_decides(kind):
   "kind,features,width,message",
   [
     ("gaussian", 4, 4, "'gaussian'; one of iid, orthogonal, regularised, hadamard"),
-    ("iid", 0, 4, "memory.features is 0"),
-    ("orthogonal", -1, 4, "memory.features is -1"),
-    ("hadamard", 4, 12, "memory.projection is 'hadamard' and a head is 12 wide"),
+    ("iid", 0, 4, "features is 0"),
+    ("orthogonal", -1, 4, "features is -1"),
+    ("hadamard", 4, 12, "width is 12, .*powers of two.*orthogonal or regularised"),
   ],
 )
 def test_what_cannot_be_drawn_is_refused(kind, features, width, message):

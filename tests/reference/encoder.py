@@ -8,7 +8,8 @@ import math
 
 import numpy as np
 
-from tests.reference.attention import sigmoid, softmax
+from tests.reference.attention import rotate, sigmoid, softmax
+from tests.reference.features import features
 
 
 def linear(params, y):
@@ -143,4 +144,43 @@ def _outputs(params, row, own, read, channels, branches):
       g = sigmoid(params["gate"])[:, None]
       heads = g * found + (1 - g) * heads  # eq. 2
     outs.append(heads.reshape(-1) if branches else joined(params["output"], heads))
+  return outs
+
+
+def favor_heads(params, kernel, rows, queries, keys):
+  """Linear attention by features: H K of each query, 0 where there is no key.
+
+  Queries and keys are lists of (x, position); None is no position.
+  """
+
+  def mapped(name, x, place, h):
+    y = linear(params[name], x)[h]
+    y = y if place is None else rotate(y, place)
+    return features(kernel, y / len(y) ** 0.25, rows)[0]
+
+  outs = []
+  for x, place in queries:
+    out = np.zeros(np.shape(params["value"]["kernel"])[1:])
+    for h in range(len(out)):
+      phi, below = mapped("query", x, place, h), 0.0
+      for y, other in keys:
+        weight = phi @ mapped("key", y, other, h)
+        out[h] += weight * linear(params["value"], y)[h]
+        below += weight
+      out[h] /= below or 1
+    outs.append(out)
+  return outs
+
+
+def favor_encoder(params, kernel, rows, row, rotary=False):
+  """The same of a row as above, each document by itself: a list of H K or None."""
+  places = np.cumsum([token is not None for token in row])
+  outs = [None] * len(row)
+  numbers = np.cumsum([token is not None and bool(token[1]) for token in row])
+  for number in set(numbers):
+    own = [i for i, token in enumerate(row) if token and numbers[i] == number]
+    tokens = [(row[i][0], places[i] if rotary else None) for i in own]
+    found = favor_heads(params, kernel, rows, tokens, tokens)
+    for i, out in zip(own, found, strict=True):
+      outs[i] = out
   return outs
