@@ -17,6 +17,7 @@ from cached_tx.ops.features import FEATURES, FeatureMap
 from cached_tx.ops.projections import Rows
 from cached_tx.ops.sums import (
   EMPTY,
+  FLOOR,
   Part,
   PrefixSums,
   Sums,
@@ -43,8 +44,6 @@ __all__ = [
 ]
 
 FORMS = ("associative", "scan")
-# A denominator this small comes of features that underflowed: the output is 0.
-FLOOR = 1e-30
 SPAN = 2048
 Keys = Float[Array, "B S H K"]
 
