@@ -4,14 +4,14 @@ The mathematics is that of ops/sums.py. A program goes over the chunks of one ro
 head in turn, the sums being its carry, and makes features where they are used: none of
 the R numbers per token is written to memory. Three loops are needed: forward; forward
 again for the cotangents of queries, which need the sums before; backward for those of
-keys and values, which need the cotangent of the sums after. No loop keeps sums by chunk.
+keys and values, which need the cotangent of the sums after. No loop keeps sums of chunks.
 
-One step per loop serves two ways to run it, of Pallas: on a GPU (Triton) a program is a
-loop over chunks, on a TPU (Mosaic) the chunks are the last axis of the grid and the sums
-an output that stays in place. All arrays of a step have two axes, and there are no
-cumulative sums, slices or concatenations in it, which one or the other cannot do.
+One step per loop serves two ways to run it. On a GPU (Triton) a program is a loop over
+chunks; on a TPU (Mosaic) chunks are the last axis of the grid, and the sums an output
+that stays in place. All arrays of a step have two axes, and there are no cumulative
+sums, slices or concatenations in it, which one or the other cannot do.
 
-Written for both, and run on neither yet: see docs/performers.md.
+Compiled for both, and run on neither yet: see docs/performers.md.
 """
 
 import functools
@@ -22,9 +22,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as mosaic
-from jax.experimental.pallas import triton
 from jaxtyping import Array, Bool, Float
 
 from cached_tx.ops.features import FEATURES, FeatureMap
@@ -42,6 +39,28 @@ WARPS = 8  # of 32 threads: the sums of R K = 16,384 are 64 registers of each
 def chosen(device_kind: str) -> bool:
   """Whether the kernel is taken unasked on such a device."""
   return device_kind in FASTER
+
+
+def misfit(
+  features: FeatureMap, w: Rows | None, chunk: int, width: int, values: int
+) -> str | None:
+  """Why the kernel cannot do this, if it cannot.
+
+  Args:
+    features, w, chunk: as of `favor_kernel`.
+    width: K.
+    values: Kv.
+  """
+  if features != FEATURES["positive"] or w is None:
+    return "the kernel makes positive features of a projection, and none other"
+  sizes = {"chunk": chunk, "R": w.shape[0], "K": width, "the width of v": values}
+  for name, size in sizes.items():
+    if size < SMALLEST or size & (size - 1):
+      return (
+        f"{name} is {size}; the kernel multiplies blocks whose sides are powers of "
+        f"two, {SMALLEST} or more"
+      )
+  return None
 
 
 def favor_kernel(
@@ -85,30 +104,23 @@ def favor_kernel(
   Raises:
     ValueError: for other features, sizes that do not fit, and sums of other features.
   """
-  if features != FEATURES["positive"] or w is None:
-    raise ValueError(
-      "the kernel makes positive features of a projection, and was asked for others: "
-      "use the associative form or the scan"
-    )
+  why = misfit(features, w, chunk, q.shape[-1], v.shape[-1])
+  if w is None or why is not None:
+    raise ValueError(f"{why}: use the associative form or the scan")
   R = w.shape[0]
-  sizes = {"chunk": chunk, "R": R, "K": q.shape[-1], "the width of v": v.shape[-1]}
-  for name, size in sizes.items():
-    if size < SMALLEST or size & (size - 1):
-      raise ValueError(
-        f"{name} is {size}; the kernel multiplies blocks whose sides are powers of two, "
-        f"{SMALLEST} or more: use the associative form or the scan"
-      )
   if sums.values.shape[2:] != (R, v.shape[-1]):
     raise ValueError(
       f"sums are of {sums.values.shape[2]} features and values {sums.values.shape[3]} "
       f"wide, but there are {R} features and values {v.shape[-1]} wide"
     )
   if platform is not None and platform not in PLATFORMS:
-    raise ValueError(f"platform is {platform!r}; one of {', '.join(PLATFORMS)}, or None")
+    raise ValueError(
+      f"platform is {platform!r}; one of {', '.join(PLATFORMS)}, or None"
+    )
   if interpret and platform is None:
     platform = "gpu"
   dtype = sums.values.dtype
-  wide = jnp.promote_types(jnp.result_type(q, k, v), jnp.promote_types(dtype, "float32"))
+  wide = jnp.promote_types(jnp.result_type(q, k, v), dtype)
   tokens = _Tokens(q, k, v, segment.starts & segment.real, segment.real)
   before = jax.tree.map(lambda x: x.astype(wide), sums)
   before = before._replace(top=jax.lax.stop_gradient(before.top))
@@ -170,7 +182,7 @@ _causal.defvjp(_causal_forward, _causal_backward)
 def _forward(
   how: _How, tokens: _Tokens, w: Rows, sums: PrefixSums
 ) -> tuple[Array, PrefixSums, _Saved]:
-  B, L, H, Kv = tokens.v.shape
+  B, L, H, _ = tokens.v.shape
   wide = sums.values.dtype
   step = functools.partial(_attend, _products(tokens), wide)
 
@@ -269,7 +281,6 @@ def _attend(products, wide, given, rows, sums):
   """The output of a chunk, its denominators and mu before; the sums after it."""
   q, k, v, codes = given
   values, keys, top = sums
-  size = codes.shape[1]
   shown = _column(codes) >= 0
   q, _ = _features(_shown(q, shown, wide), rows)
   k, scale = _features(_shown(k, shown, wide), rows)
@@ -284,7 +295,7 @@ def _attend(products, wide, given, rows, sums):
   out = jnp.where(none, 0, above / jnp.where(none, 1, below))
   out = jnp.where(shown, out, 0).astype(dtype)
   below = jnp.where(none | (below != below), jnp.inf, below)
-  made = out, _row(jnp.broadcast_to(below, (size, 1))), top
+  made = out, _row(below), top
   return made, (*_extended(products, k, v, weights, values, keys), weights.top)
 
 
@@ -482,7 +493,7 @@ class _Lay(NamedTuple):
 
 
 def _parts(tokens: _Tokens, w: Rows, wide: Any) -> _Laid:
-  """w, or three parts of 8 bits each that sum to it: products with bfloat16 are exact."""
+  """w, or three parts of 8 bits that sum to it: products with bfloat16 are exact."""
   w = w.astype(wide)
   if {tokens.q.dtype, tokens.k.dtype} != {jnp.dtype(jnp.bfloat16)} or wide != "float32":
     return _Laid("prk", w[None])
@@ -519,7 +530,7 @@ def _over_chunks(
   start: list[_Laid],
   made: list[_Laid],
   reverse: bool = False,
-) -> tuple[list[Array], list[Array]]:
+) -> tuple[Sequence[Array], Sequence[Array]]:
   """Runs step(given, rows, carry) -> (made, carry), chunk after chunk.
 
   Args:
@@ -535,6 +546,11 @@ def _over_chunks(
   Returns:
     What the chunks gave, and the last carry.
   """
+  # Here, for importing Pallas takes as long as importing JAX.
+  from jax.experimental import pallas as pl
+  from jax.experimental.pallas import tpu as mosaic
+  from jax.experimental.pallas import triton
+
   gpu = platform == "gpu"
   sizes: dict[str, int] = {}
   for laid in (*given, *start):
