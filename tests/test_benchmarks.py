@@ -1,12 +1,14 @@
 """What the benchmarks compute, on small pieces and beside numbers from outside."""
 
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from benchmarks import attention, features
+from benchmarks import attention, favor_gpu, features
 from benchmarks import attention_rivals as rivals
 from cached_tx.ops.favor import favor_attention, no_sums
 from cached_tx.ops.features import FEATURES
@@ -152,3 +154,32 @@ def test_every_kind_can_be_timed(dtype):
     case = attention.Case(attend, 16, dtype)
     assert case.seconds("both") > 0
     assert case.temporary["both"] > 0
+
+
+def test_without_a_gpu_nothing_is_measured_there(monkeypatch, capsys):
+  monkeypatch.setattr("sys.argv", ["favor_gpu"])
+  with pytest.raises(SystemExit) as end:
+    favor_gpu.main()
+  assert end.value.code == 2
+  assert "there is no GPU here: JAX runs on cpu" in capsys.readouterr().err
+
+
+# Worst errors measured, in interpret mode: 4e-7, 1.2e-2.
+@pytest.mark.parametrize("dtype", favor_gpu.ALLOWED)
+def test_what_the_gpu_is_asked_first_is_right(dtype):
+  found = favor_gpu.errors(dtype, 40, 16, 16, 16, interpret=True)
+  assert max(found.values()) < favor_gpu.ALLOWED[dtype]
+
+
+def test_our_forms_can_be_timed_there_and_what_fails_is_named(monkeypatch):
+  monkeypatch.setattr(favor_gpu, "L", 40)
+  monkeypatch.setattr(favor_gpu, "H", 1)
+  monkeypatch.setattr(favor_gpu, "CALLS", 1)
+  monkeypatch.setattr(favor_gpu, "CHUNKS", (16,))
+  with favor_gpu.torch_process(sys.executable) as ask:  # which has no torch
+    found = favor_gpu.measure(16, 1, ask)
+  found = {record["kind"]: record for record in found}
+  for form in ("scan", "associative"):
+    assert found[f"ours, {form}"]["both_ms"] > 0
+  assert "interpret mode" in found["ours, kernel of 16"]["error"]
+  assert "ModuleNotFoundError" in found["fla simple_gla"]["error"]

@@ -4,7 +4,7 @@ The mathematics is that of ops/sums.py. A program goes over the chunks of one ro
 head in turn, the sums being its carry, and makes features where they are used: none of
 the R numbers per token is written to memory. Three loops are needed: forward; forward
 again for the cotangents of queries, which need the sums before; backward for those of
-keys and values, which need the cotangent of the sums after. No loop keeps sums of chunks.
+keys and values, which need the cotangent of the sums after. None keeps sums by chunk.
 
 One step per loop serves two ways to run it. On a GPU (Triton) a program is a loop over
 chunks; on a TPU (Mosaic) chunks are the last axis of the grid, and the sums an output
@@ -191,8 +191,8 @@ def _forward(
     given = [*(lay.heads(x) for x in tokens[:3]), lay.codes(tokens)]
     made = [
       lay.empty_heads(tokens.v.shape, tokens.v.dtype),
-      _Laid("bhn1c", jax.ShapeDtypeStruct((B, H, lay.count, 1, how.chunk), wide)),
-      _Laid("bhn11", jax.ShapeDtypeStruct((B, H, lay.count, 1, 1), wide)),
+      _Laid("bhn1c", jax.ShapeDtypeStruct((B, H, lay.chunks, 1, how.chunk), wide)),
+      _Laid("bhn11", jax.ShapeDtypeStruct((B, H, lay.chunks, 1, 1), wide)),
     ]
     (out, below, tops), ends = _over_chunks(
       how, platform, step, given, _parts(tokens, w, wide), _carry(sums), made
@@ -336,8 +336,10 @@ def _pull_keys(products, wide, given, rows, after):
   slope_k = _pulled(products, slope_k, mapped, k, rows)
   by_values = faded(weights.late, products(mapped, values, (1, 0)))
   slope_v = products(own_pairs, ahead, (0, 0)) + by_values
-  found = (jnp.where(shown, x, 0) for x in (slope_k, slope_v))
-  found = tuple(x.astype(dtype) for x, dtype in zip(found, dtypes, strict=True))
+  found = tuple(
+    jnp.where(shown, x, 0).astype(dtype)
+    for x, dtype in zip((slope_k, slope_v), dtypes, strict=True)
+  )
 
   asked = products(q, faded(weights.older, ahead), (0, 0))
   asked_keys = (q * faded(weights.older, own)).sum(axis=0, keepdims=True)
@@ -447,14 +449,14 @@ class _Lay(NamedTuple):
   length: int
 
   @property
-  def count(self) -> int:
+  def chunks(self) -> int:
     """N."""
     return -(-self.length // self.chunk)
 
   @property
   def behind(self) -> int:
     """Tokens of padding after the last one."""
-    return self.count * self.chunk - self.length
+    return self.chunks * self.chunk - self.length
 
   def heads(self, x: Array) -> _Laid:
     """Of B L H K. A TPU wants tokens and width side by side."""
@@ -462,9 +464,9 @@ class _Lay(NamedTuple):
       x = jnp.pad(x, ((0, 0), (0, self.behind), (0, 0), (0, 0)))
     B, _, H, K = x.shape
     if self.platform == "gpu":
-      return _Laid("bnchk", x.reshape(B, self.count, self.chunk, H, K))
+      return _Laid("bnchk", x.reshape(B, self.chunks, self.chunk, H, K))
     return _Laid(
-      "bhnck", jnp.moveaxis(x, 2, 1).reshape(B, H, self.count, self.chunk, K)
+      "bhnck", jnp.moveaxis(x, 2, 1).reshape(B, H, self.chunks, self.chunk, K)
     )
 
   def empty_heads(self, shape: Sequence[int], dtype: Any) -> _Laid:
@@ -485,7 +487,7 @@ class _Lay(NamedTuple):
     """See `_weigh`. In float32, which holds them exactly and which a TPU can sum."""
     B = tokens.starts.shape[0]
     cut = lambda x: jnp.pad(x, ((0, 0), (0, self.behind))).reshape(
-      B, self.count, 1, self.chunk
+      B, self.chunks, 1, self.chunk
     )
     begun = jnp.cumsum(cut(tokens.starts), axis=-1)
     codes = jnp.where(cut(tokens.shown), begun, -1 - begun)
