@@ -13,10 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from cached_tx.ops.favor_kernel import chosen, favor_kernel, misfit
 from cached_tx.ops.features import FEATURES, FeatureMap
 from cached_tx.ops.projections import Rows
 from cached_tx.ops.sums import (
   EMPTY,
+  FLOOR,
   Part,
   PrefixSums,
   Sums,
@@ -42,9 +44,8 @@ __all__ = [
   "no_sums",
 ]
 
-FORMS = ("associative", "scan")
-# A denominator this small comes of features that underflowed: the output is 0.
-FLOOR = 1e-30
+FORMS = ("associative", "scan")  # of any features, on any device
+KERNEL = "kernel"  # ops/favor_kernel.py
 SPAN = 2048
 Keys = Float[Array, "B S H K"]
 
@@ -102,8 +103,11 @@ def favor_attention(
       be a multiple.
     span: tokens whose features and sums exist at a time, a multiple of `chunk`. None:
       2048, or as many whole chunks as fit.
-    form: associative or scan. None: the scan on a CPU, where it needs a third of the
-      memory and is faster forward, though not backward.
+    form: associative or scan, or kernel, which is `favor_kernel` (ops/favor_kernel.py)
+      with its own limits and without spans. None: the kernel on devices where it was
+      seen to be faster, of which there is none yet; else the scan on a CPU, where it
+      needs a third of the memory and is faster forward, though not backward; else
+      associative.
 
   Returns:
     The output, 0 at padding and where no key is valid, and `sums` extended by these
@@ -112,8 +116,8 @@ def favor_attention(
     flow to q, k, v, `sums.values` and `sums.keys`; none to w and `sums.top`.
 
   Raises:
-    ValueError: for a `chunk`, `span` or `form` that is not one, and for sums that are
-      of other features.
+    ValueError: for a `chunk`, `span` or `form` that is not one, for sums that are
+      of other features, and for what the kernel cannot do where it is asked for.
   """
   if span is None:
     span = max(SPAN // max(chunk, 1), 1) * chunk
@@ -121,8 +125,8 @@ def favor_attention(
     raise ValueError(
       f"chunk is {chunk} and span {span}; chunk must be 1 or more, and span a multiple"
     )
-  if form is not None and form not in FORMS:
-    raise ValueError(f"form is {form!r}; one of {', '.join(FORMS)}, or None")
+  if form is not None and form not in (*FORMS, KERNEL):
+    raise ValueError(f"form is {form!r}; one of {', '.join(FORMS)}, {KERNEL}, or None")
   made = features.count(None if w is None else w.shape[0], q.shape[-1])
   if sums.values.shape[2:] != (made, v.shape[-1]):
     raise ValueError(
@@ -131,6 +135,12 @@ def favor_attention(
     )
   if not v.shape[1]:
     return v, sums
+  if form is None and chosen(jax.devices()[0].device_kind):
+    fits = misfit(features, w, chunk, q.shape[-1], v.shape[-1]) is None
+    form = KERNEL if fits else None
+  if form == KERNEL:
+    options: Any = {"features": features, "chunk": chunk}
+    return favor_kernel(q, k, v, w, segment, sums, **options)
   how = _How(features, chunk, span, form)
   tokens = _Tokens(q, k, v, segment.starts & segment.real, segment.real)
   wide = jnp.promote_types(jnp.result_type(q, k, v), sums.values.dtype)

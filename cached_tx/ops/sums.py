@@ -23,6 +23,8 @@ from jaxtyping import Array, Bool, Float
 from cached_tx.types import DType
 
 EMPTY = -1e30  # mu of no key; finite, for EMPTY - EMPTY must be 0
+# A denominator this small comes of features that underflowed: the output is 0.
+FLOOR = 1e-30
 
 
 class PrefixSums(NamedTuple):
