@@ -162,7 +162,8 @@ def favor_bidirectional(
     documents: where a row holds several: the number of each token's document, padding
       inside it included; tokens of one document stand side by side. A query then sees
       the keys of its document alone. Memory grows by nine states per chunk, forward
-      and backward together, and the time is about twice as long. None: a row is one document.
+      and backward together, and the time is about twice as long. None: a row is one
+      document.
     span: tokens whose features exist at a time.
     chunk: tokens per chunk where `documents` are given. It changes speed and memory,
       not the estimate.
