@@ -5,8 +5,8 @@ python -m benchmarks.favor_gpu --torch PYTHON     and fla, in that Python
 
 B 1, H 96, 128 features, bfloat16, 8,192 tokens; heads 128 and 256 wide. First the
 kernel is compared with all pairs in float64 on the device; if it is wrong, nothing is
-timed. Then kinds take turns in every round, and a number is the median of the rounds. Others
-get features of queries and keys as their inputs, which they are not charged for.
+timed. Then kinds take turns in every round, and a number is the median of the rounds.
+Others get features of queries and keys as inputs, which they are not charged for.
 Records are lines of benchmarks/results/favor_gpu.jsonl. Without a GPU it exits with 2.
 
 "fla" is flash-linear-attention, "jla" jax-linear-attention, if it is installed.
@@ -114,8 +114,9 @@ def errors(
     wide = [jnp.asarray(np.float64(x)) for x in (*tokens, direction, w)]
     definition = lambda *x: pairs(*x, wide[4], starts, valid)
     want = jax.jit(functools.partial(all_of, definition))(wide[:3], wide[3])
+  got, want = ([np.asarray(x).astype(np.float64) for x in y] for y in (got, want))
   return {
-    name: float(np.abs(np.float64(a) - b).max() / np.abs(b).max())
+    name: float(np.abs(a - b).max() / np.abs(b).max())
     for name, a, b in zip(("out", "q", "k", "v"), got, want, strict=True)
   }
 
