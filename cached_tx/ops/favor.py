@@ -5,32 +5,25 @@ softmax kernel (ops/features.py), so that attention needs sums over keys instead
 pairs (ops/sums.py): time linear in L.
 """
 
-import functools
-from typing import Any, NamedTuple
-
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool, Float
 
+from cached_tx.ops.favor_causal import CallTokens, How, causal
 from cached_tx.ops.features import FEATURES, FeatureMap
+from cached_tx.ops.pieces import spans
 from cached_tx.ops.projections import Rows
 from cached_tx.ops.sums import (
   EMPTY,
   Part,
   PrefixSums,
   Sums,
-  added,
-  asked,
-  extended,
-  faded,
-  joined,
-  mixed,
+  divided,
   no_sums,
   packed,
-  pulled,
+  product,
   unpacked,
-  weights,
+  with_ones,
 )
 from cached_tx.types import Heads, Mask, Segment
 
@@ -43,29 +36,8 @@ __all__ = [
 ]
 
 FORMS = ("associative", "scan")
-# A denominator this small comes of features that underflowed: the output is 0.
-FLOOR = 1e-30
 SPAN = 2048
 Keys = Float[Array, "B S H K"]
-
-
-class _How(NamedTuple):
-  """What is known before anything runs."""
-
-  features: FeatureMap
-  chunk: int
-  span: int
-  form: str | None
-
-
-class _Tokens(NamedTuple):
-  """Some of the tokens of a call: q, k and v, and which count."""
-
-  q: Float[Array, "B T H K"]
-  k: Float[Array, "B T H K"]
-  v: Float[Array, "B T H Kv"]
-  starts: Bool[Array, "B T"]
-  shown: Bool[Array, "B T"]
 
 
 def favor_attention(
@@ -129,11 +101,11 @@ def favor_attention(
       f"sums are of {sums.values.shape[2]} features and values {sums.values.shape[3]} "
       f"wide, but there are {made} features and values {v.shape[-1]} wide"
     )
-  how = _How(features, chunk, span, form)
-  tokens = _Tokens(q, k, v, segment.starts & segment.real, segment.real)
+  how = How(features, chunk, span, form)
+  tokens = CallTokens(q, k, v, segment.starts & segment.real, segment.real)
   wide = jnp.promote_types(jnp.result_type(q, k, v), sums.values.dtype)
   before = jax.tree.map(lambda x: x.astype(wide), packed(sums))
-  out, after = _causal(how, tokens, _constant(w), before)
+  out, after = causal(how, tokens, _constant(w), before)
   return out, unpacked(jax.tree.map(lambda x: x.astype(sums.values.dtype), after))
 
 
@@ -169,11 +141,11 @@ def favor_bidirectional(
 
   @jax.checkpoint
   def ask(q):
-    total = _einsum(v, "bthr,bhrk->bthk", features(q, w).values, sums.both)
-    return _divided(total)[0].astype(v.dtype)
+    total = product(v, "bthr,bhrk->bthk", features(q, w).values, sums.both)
+    return divided(total)[0].astype(v.dtype)
 
   q = jnp.where(queries[..., None, None], q, 0)
-  out = jnp.moveaxis(jax.lax.map(ask, _spans(q, span)), 0, 1)
+  out = jnp.moveaxis(jax.lax.map(ask, spans(q, span)), 0, 1)
   out = out.reshape(q.shape[0], -1, *out.shape[3:])[:, : q.shape[1]]
   return jnp.where(queries[..., None, None], out, 0)
 
@@ -223,7 +195,7 @@ def _summed(
   """The sums over all shown keys."""
   k = jnp.where(shown[..., None, None], k, 0)
   v = jnp.where(shown[..., None, None], v, 0)
-  k, v, shown = (_spans(x, span) for x in (k, v, shown))
+  k, v, shown = (spans(x, span) for x in (k, v, shown))
   # Scales are computed once: twice, large ones might differ.
   scale = jax.lax.map(lambda k: features(k, w).scale, k)
   scale = jnp.where(shown[..., None], jax.lax.stop_gradient(scale), EMPTY)  # N B T H
@@ -233,8 +205,8 @@ def _summed(
   @jax.checkpoint
   def part(k, v, share):
     values = features(k, w).values
-    both = _with_ones(v, values.dtype) * share[..., None]
-    return _einsum(v, "bthr,bthk->bhrk", values, both)
+    both = with_ones(v, values.dtype) * share[..., None]
+    return product(v, "bthr,bthk->bhrk", values, both)
 
   if len(k) == 1:
     return Sums(part(k[0], v[0], share[0]), top)
@@ -242,308 +214,3 @@ def _summed(
   add = lambda total, now: (total + part(*now), None)
   start = jnp.zeros(shape.shape, shape.dtype)
   return Sums(jax.lax.scan(add, start, (k, v, share))[0], top)
-
-
-def _spans(x: Array, span: int) -> Array:
-  """B L ... -> N B T ..., with zeros behind: the pieces of at most `span` tokens."""
-  T = min(span, x.shape[1])
-  x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % T)) + ((0, 0),) * (x.ndim - 2))
-  return jnp.moveaxis(x.reshape(x.shape[0], -1, T, *x.shape[2:]), 1, 0)
-
-
-def _precision(v: Array) -> jax.lax.PrecisionLike:
-  """Of products with values: in full, unless the values themselves are coarse."""
-  return jax.lax.Precision.HIGHEST if v.dtype.itemsize >= 4 else None
-
-
-def _einsum(v: Array, rule: str, a: Array, b: Array) -> Array:
-  return jnp.einsum(rule, a, b, precision=_precision(v))
-
-
-def _with_ones(v: Array, dtype: Any) -> Array:
-  """Values and a channel of ones, whose sum is the denominator."""
-  return jnp.concatenate([v.astype(dtype), jnp.ones((*v.shape[:-1], 1), dtype)], -1)
-
-
-def _divided(total: Float[Array, "... K1"]) -> tuple[Array, Array]:
-  """Numerator by denominator, 0 where there is none; and the denominator.
-
-  It is infinite where no gradient can go.
-  """
-  below = total[..., -1:]
-  none = jnp.abs(below) <= FLOOR  # not so for NaN, which is to be seen
-  below = jnp.where(none, 1, below)
-  # By a constant first: the square of a small denominator would be 0 in the gradient.
-  scale = jax.lax.stop_gradient(below)
-  out = jnp.where(none, 0, (total[..., :-1] / scale) / (below / scale))
-  return out, jnp.where(none | jnp.isnan(below), jnp.inf, below)[..., 0]
-
-
-# The causal form. Forward and backward go over spans; a span is a batch of chunks.
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _causal(
-  how: _How, tokens: _Tokens, w: Rows | None, sums: Sums
-) -> tuple[Array, Sums]:
-  (out, _), after, _ = _forward(how, tokens, w, sums)
-  return out, after
-
-
-def _forward(
-  how: _How, tokens: _Tokens, w: Rows | None, sums: Sums
-) -> tuple[tuple[Array, Array], Sums, Sums]:
-  """Output and denominators, the sums afterwards, and those before every span."""
-  B, L, H, K = tokens.v.shape
-  full = (L - 1) // how.span
-  cut = lambda at, size: jax.tree.map(lambda x: _cut(x, at, size), tokens)
-  rest = cut(full * how.span, L - full * how.span)
-  if not full:
-    found, after = _span(how, rest, w, sums)
-    return found, after, jax.tree.map(lambda x: x[None], sums)
-
-  def one(carry, n):
-    before, found = carry
-    now, after = _span(how, cut(n * how.span, how.span), w, before)
-    put = lambda x, part: _put(x, part, n * how.span)
-    return (after, jax.tree.map(put, found, now)), before
-
-  dtypes = tokens.v.dtype, sums.both.dtype
-  found = jnp.zeros((B, L, H, K), dtypes[0]), jnp.zeros((B, L, H), dtypes[1])
-  start = sums, jax.tree.map(_bits, found)
-  (last, found), befores = jax.lax.scan(one, start, jnp.arange(full))
-  now, after = _span(how, rest, w, last)
-  found = jax.tree.map(lambda x, part: _put(x, part, full * how.span), found, now)
-  befores = jax.tree.map(lambda x, y: jnp.concatenate([x, y[None]]), befores, last)
-  return (_number(found[0], dtypes[0]), _number(found[1], dtypes[1])), after, befores
-
-
-def _causal_forward(how, tokens, w, sums):
-  (out, below), after, befores = _forward(how, tokens, w, sums)
-  return (out, after), (tokens, w, befores, out, below)
-
-
-def _causal_backward(how, saved, cotangents):
-  tokens, w, befores, out, below = saved
-  slope, after = cotangents
-  L = out.shape[1]
-  full = (L - 1) // how.span
-
-  def one(n, size, after):
-    at = n * how.span
-    cut = lambda x: _cut(x, at, size)
-    before = jax.tree.map(lambda x: x[n], befores)
-    ahead = cut(slope).astype(before.both.dtype)
-    # Of the numerator, then the denominator. Where no gradient comes from, none goes,
-    # even if the output is no number.
-    ahead = jnp.where(ahead == 0, 0, ahead / cut(below)[..., None])
-    own = jnp.where(ahead == 0, 0, ahead * cut(out))
-    own = -own.sum(axis=-1, keepdims=True)
-    both = jnp.concatenate([ahead, own], axis=-1)
-    return _span_pull(how, jax.tree.map(cut, tokens), w, before, both, after)
-
-  rest, after = one(full, L - full * how.span, after.both)
-  if not full:
-    q, k, v = rest
-  else:
-
-    def step(carry, n):
-      found, after = carry
-      now, after = one(n, how.span, after)
-      put = lambda x, part: _put(x, part, n * how.span)
-      return (jax.tree.map(put, found, now), after), None
-
-    found = tuple(_bits(jnp.zeros(x.shape, x.dtype)) for x in tokens[:3])
-    found = tuple(_put(x, y, full * how.span) for x, y in zip(found, rest, strict=True))
-    start = (found, after)
-    (found, after), _ = jax.lax.scan(step, start, jnp.arange(full), reverse=True)
-    q, k, v = map(_number, found, [x.dtype for x in tokens[:3]])
-  nothing = None if w is None else jnp.zeros_like(w)
-  top = jnp.zeros_like(befores.top[0])
-  flags: Any = [np.zeros(x.shape, jax.dtypes.float0) for x in tokens[3:]]
-  return _Tokens(q, k, v, *flags), nothing, Sums(after, top)
-
-
-_causal.defvjp(_causal_forward, _causal_backward)
-
-
-def _cut(x: Array, at: Any, size: int) -> Array:
-  """B L ... -> B T ...: `size` tokens from the one at `at`.
-
-  Numbers of 16 bits are moved as integers: XLA's CPU backend would turn the whole of a
-  bfloat16 array into float32 first, for every span.
-  """
-  if size == x.shape[1]:
-    return x
-  found = jax.lax.dynamic_slice_in_dim(_bits(x), at, size, axis=1)
-  return _number(found, x.dtype)
-
-
-def _put(x: Array, part: Array, at: Any) -> Array:
-  """`x` with `part` from `at` on, both as bits."""
-  return jax.lax.dynamic_update_slice_in_dim(x, _bits(part), at, axis=1)
-
-
-def _bits(x: Array) -> Array:
-  coarse = jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize == 2
-  return jax.lax.bitcast_convert_type(x, jnp.uint16) if coarse else x
-
-
-def _number(x: Array, dtype: Any) -> Array:
-  return jax.lax.bitcast_convert_type(x, dtype) if x.dtype == jnp.uint16 else x
-
-
-class _Chunks(NamedTuple):
-  """The tokens of a span, chunk by chunk; zeros where padding is."""
-
-  q: Float[Array, "N B H C K"]
-  k: Float[Array, "N B H C K"]
-  v: Float[Array, "N B H C Kv"]
-  starts: Bool[Array, "N B 1 C"]
-  shown: Bool[Array, "N B 1 C"]
-
-
-def _chunked(x: Array, chunk: int) -> Array:
-  """B T H K -> N B H C K, with zeros behind."""
-  return jnp.moveaxis(_spans(x, chunk), 2, 3)
-
-
-def _joined(x: Array, size: int) -> Array:
-  """N B H C K -> B T H K."""
-  x = jnp.moveaxis(jnp.moveaxis(x, 3, 2), 0, 1)  # B N C H K
-  return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :size]
-
-
-def _chunks(how: _How, tokens: _Tokens) -> _Chunks:
-  shown = tokens.shown[..., None, None]
-  q, k, v = (_chunked(jnp.where(shown, x, 0), how.chunk) for x in tokens[:3])
-  flags = (_spans(x, how.chunk)[:, :, None] for x in (tokens.starts, tokens.shown))
-  return _Chunks(q, k, v, *flags)
-
-
-def _mapped(how: _How, w: Rows | None, x: Array) -> tuple[Array, Array]:
-  found = how.features(x, w)
-  return found.values, found.scale
-
-
-def _by_form(how: _How, scan: Any, associative: Any, *args: Any) -> Any:
-  """The form that was asked for, or the platform's."""
-  if how.form is not None:
-    return {"scan": scan, "associative": associative}[how.form](*args)
-  return jax.lax.platform_dependent(*args, cpu=scan, default=associative)
-
-
-def _span(
-  how: _How, tokens: _Tokens, w: Rows | None, sums: Sums
-) -> tuple[tuple[Array, Array], Sums]:
-  """Output and denominators of a span, and the sums after it."""
-  precision = _precision(tokens.v)
-  wide = sums.both.dtype
-
-  def out(total):
-    out, below = _divided(total)
-    return out.astype(tokens.v.dtype), below
-
-  def scan(chunks, sums):
-    def one(sums, now):
-      (k, scale), v = _mapped(how, w, now.k), _with_ones(now.v, wide)
-      share = weights(scale, now.starts, now.shown, sums.top)
-      total = mixed(_mapped(how, w, now.q)[0], k, v, share, sums, precision)
-      return extended(added(k, v, share, precision), share, sums), out(total)
-
-    sums, found = jax.lax.scan(one, sums, chunks)
-    return found, sums
-
-  def associative(chunks, sums):
-    (k, scale), v = _mapped(how, w, chunks.k), _with_ones(chunks.v, wide)
-    before, after = _prefix(k, v, scale, chunks, sums, precision)
-    share = weights(scale, chunks.starts, chunks.shown, before.top)
-    total = mixed(_mapped(how, w, chunks.q)[0], k, v, share, before, precision)
-    return out(total), after
-
-  found, after = _by_form(how, scan, associative, _chunks(how, tokens), sums)
-  size = tokens.q.shape[1]
-  y = jnp.where(tokens.shown[..., None, None], _joined(found[0], size), 0)
-  return (y, _joined(found[1][..., None], size)[..., 0]), after
-
-
-def _prefix(
-  k: Array, v: Array, scale: Array, chunks: _Chunks, sums: Sums, precision: Any
-) -> tuple[Sums, Sums]:
-  """The sums before every chunk, and after the last one."""
-  nothing = jnp.full(scale.shape[:-1], EMPTY, scale.dtype)
-  share = weights(scale, chunks.starts, chunks.shown, nothing)
-  own = Sums(added(k, v, share, precision), share.top[..., -1])
-  fresh = jnp.broadcast_to(chunks.starts.any(axis=-1), nothing.shape)
-  carried = Part(sums, jnp.zeros(sums.top.shape, bool))
-  parts = jax.tree.map(
-    lambda x, y: jnp.concatenate([x[None], y]), carried, Part(own, fresh)
-  )
-  totals = jax.lax.associative_scan(joined, parts).sums
-  return jax.tree.map(lambda x: x[:-1], totals), jax.tree.map(lambda x: x[-1], totals)
-
-
-def _span_pull(
-  how: _How, tokens: _Tokens, w: Rows | None, sums: Sums, ahead: Array, after: Array
-) -> tuple[tuple[Array, Array, Array], Array]:
-  """Cotangents of a span's q, k and v, and of the sums before it.
-
-  Args:
-    ahead: of numerators and denominators (B T H K1).
-    after: of the sums after the span.
-  """
-  precision = _precision(tokens.v)
-  wide = sums.both.dtype
-  size = tokens.q.shape[1]
-  ahead = jnp.where(tokens.shown[..., None, None], ahead, 0)
-
-  def features(x):
-    values, pull, scale = jax.vjp(lambda x: _mapped(how, w, x), x, has_aux=True)
-    return values, lambda slope: pull(slope.astype(values.dtype))[0], scale
-
-  def scan(chunks, ahead, sums, after):
-    def forth(sums, now):
-      (k, scale), v = _mapped(how, w, now.k), _with_ones(now.v, wide)
-      share = weights(scale, now.starts, now.shown, sums.top)
-      return extended(added(k, v, share, precision), share, sums), sums
-
-    _, befores = jax.lax.scan(forth, sums, chunks)
-
-    def back(after, now):
-      chunk, ahead, before = now
-      q, pull_q, _ = features(chunk.q)
-      k, pull_k, scale = features(chunk.k)
-      v = _with_ones(chunk.v, wide)
-      share = weights(scale, chunk.starts, chunk.shown, before.top)
-      found = pulled(q, k, v, share, before, ahead, after, precision)
-      slopes = pull_q(found.q), pull_k(found.k), found.v[..., :-1].astype(chunk.v.dtype)
-      earlier = asked(q, share, ahead, precision)
-      return earlier + faded(share.older[..., -1, None, None], after), slopes
-
-    after, slopes = jax.lax.scan(back, after, (chunks, ahead, befores), reverse=True)
-    return slopes, after
-
-  def associative(chunks, ahead, sums, after):
-    q, pull_q, _ = features(chunks.q)
-    k, pull_k, scale = features(chunks.k)
-    v = _with_ones(chunks.v, wide)
-    before, _ = _prefix(k, v, scale, chunks, sums, precision)
-    share = weights(scale, chunks.starts, chunks.shown, before.top)
-    own = asked(q, share, ahead, precision)
-    decay = share.older[..., -1]
-
-    def join(late, early):  # each: cotangent of the sums before, and what it decays by
-      return early[0] + faded(early[1][..., None, None], late[0]), early[1] * late[1]
-
-    own = jnp.concatenate([own, after[None]])
-    decay = jnp.concatenate([decay, jnp.ones((1, *decay.shape[1:]), decay.dtype)])
-    total, _ = jax.lax.associative_scan(join, (own, decay), reverse=True)
-    found = pulled(q, k, v, share, before, ahead, total[1:], precision)
-    slopes = pull_q(found.q), pull_k(found.k), found.v[..., :-1].astype(chunks.v.dtype)
-    return slopes, total[0]
-
-  given = (_chunks(how, tokens), _chunked(ahead, how.chunk), sums, after)
-  slopes, after = _by_form(how, scan, associative, *given)
-  shown = tokens.shown[..., None, None]
-  q, k, v = (jnp.where(shown, _joined(x, size), 0) for x in slopes)
-  return (q, k, v), after
