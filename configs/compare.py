@@ -10,6 +10,15 @@ has neither, favor has running sums, and xl+favor has them in the middle layer. 
 
 from ml_collections import ConfigDict
 
+FAVOR = dict(
+  kind="favor",
+  features=64,
+  kernel="positive",
+  projection="orthogonal",
+  chunk=64,
+  seed=0,
+  redraw=0,  # steps between two draws of the rows; 0: never
+)
 MEMORIES = {
   "none": dict(kind="none"),
   "xl": dict(kind="xl", size=32),
@@ -22,26 +31,10 @@ MEMORIES = {
     loss="attention",
   ),
   "grc": dict(kind="grc", size=32, ratio=0.5),
-  "favor": dict(
-    kind="favor",
-    features=64,
-    kernel="positive",
-    projection="orthogonal",
-    chunk=64,
-    seed=0,
-    redraw=0,  # steps between two draws of the rows; 0: never
-  ),
+  "favor": FAVOR,
   "xl+favor": dict(
     xl=dict(kind="xl", size=32),
-    favor=dict(
-      kind="favor",
-      features=64,
-      kernel="positive",
-      projection="orthogonal",
-      chunk=64,
-      seed=0,
-      redraw=0,  # steps between two draws of the rows; 0: never
-    ),
+    favor=FAVOR,
   ),
 }
 PATTERNS = {"xl+favor": ("xl", "favor", "xl")}  # of the three layers

@@ -14,7 +14,7 @@ is older through the sums. Arrays may have any leading axes. A value has a last 
 of ones, whose sum is the denominator, so that one product gives both.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -231,6 +231,35 @@ def joined(a: Part, b: Part) -> Part:
 def faded(weight: Array, x: Array) -> Array:
   """Their product; 0 where the weight is, whatever x is there: 0 x NaN would be NaN."""
   return jnp.where(weight > 0, weight * x, 0)
+
+
+def precision_of(v: Array) -> jax.lax.PrecisionLike:
+  """Of products with values: in full, unless the values themselves are coarse."""
+  return jax.lax.Precision.HIGHEST if v.dtype.itemsize >= 4 else None
+
+
+def product(v: Array, rule: str, a: Array, b: Array) -> Array:
+  """An einsum in the precision of products with the values `v`."""
+  return jnp.einsum(rule, a, b, precision=precision_of(v))
+
+
+def with_ones(v: Array, dtype: Any) -> Array:
+  """Values and a channel of ones, whose sum is the denominator."""
+  return jnp.concatenate([v.astype(dtype), jnp.ones((*v.shape[:-1], 1), dtype)], -1)
+
+
+def divided(total: Float[Array, "... K1"]) -> tuple[Array, Array]:
+  """Numerator by denominator, 0 where there is none; and the denominator.
+
+  It is infinite where no gradient can go.
+  """
+  below = total[..., -1:]
+  none = jnp.abs(below) <= FLOOR  # not so for NaN, which is to be seen
+  below = jnp.where(none, 1, below)
+  # By a constant first: the square of a small denominator would be 0 in the gradient.
+  scale = jax.lax.stop_gradient(below)
+  out = jnp.where(none, 0, (total[..., :-1] / scale) / (below / scale))
+  return out, jnp.where(none | jnp.isnan(below), jnp.inf, below)[..., 0]
 
 
 def _dot(precision: jax.lax.PrecisionLike):
