@@ -30,6 +30,18 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("repeatable")
 
 
+@pytest.fixture(autouse=True)
+def several_blocks(
+  request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  """Toy models that attend by blocks have several, though their segments are short."""
+  params = getattr(getattr(request.node, "callspec", None), "params", {})
+  if "xl-blocks" in params.values():
+    from cached_tx.ops import blockwise
+
+    monkeypatch.setattr(blockwise, "_size", lambda Q, S, _: (min(3, Q), min(2, S)))
+
+
 @pytest.fixture
 def x64() -> Iterator[None]:
   """Arrays default to 64 bits in the test that asks for this."""

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from cached_tx.layers.dropout import Dropout
+from cached_tx.layers.exact import kernel_for
 from cached_tx.layers.projections import FromHeads, ToHeads
 from cached_tx.memory import GRCMemory, GRCState, Slots, partitioned
 from cached_tx.ops.blockwise import blockwise_attention
@@ -59,7 +60,9 @@ class EncoderAttention(nn.Module):
     drop, q = Dropout(self.dropout), q * K**-0.5
     if self.kernel is None:
       sight, own = Sight(documents, documents, valid), drop.drop(deterministic)
-      return blockwise_attention(q, k, v, sight, causal=False, offset=0, drop=own)
+      options: Any = {"causal": False, "offset": 0, "drop": own}
+      kernel = kernel_for("auto", q.shape[1])
+      return blockwise_attention(q, k, v, sight, kernel=kernel, **options)
     mask = (documents[:, None] == documents[:, :, None]) & valid[:, None]  # B Q S
     return self.kernel(q, k, v, mask, dropout=drop.function(deterministic))
 
@@ -263,7 +266,9 @@ class GatedEncoderAttention(nn.Module):
     q = q * q.shape[-1] ** -0.5
     if self.kernel is None:
       sight, own = Sight(key_valid=slots.valid), self.drop.drop(deterministic)
-      found = blockwise_attention(q, k, v, sight, causal=False, offset=0, drop=own)
+      options: Any = {"causal": False, "offset": 0, "drop": own}
+      kernel = kernel_for("auto", q.shape[1])
+      found = blockwise_attention(q, k, v, sight, kernel=kernel, **options)
     else:
       mask = jnp.broadcast_to(slots.valid[:, None], (B, 1, slots.valid.shape[1]))
       found = self.kernel(q, k, v, mask, dropout=self.drop.function(deterministic))

@@ -10,8 +10,9 @@ from cached_tx.layers import clock
 from cached_tx.layers.analysis import ANALYSIS, Blended, asked
 from cached_tx.layers.base import MemoryAttention
 from cached_tx.layers.dropout import Dropout
+from cached_tx.layers.exact import check_attention, kernel_for
 from cached_tx.layers.projections import ToHeads
-from cached_tx.layers.slots import KERNELS, SlotAttention
+from cached_tx.layers.slots import SlotAttention
 from cached_tx.memory import NoMemory, XLMemory, partitioned
 from cached_tx.ops.blockwise import blockwise_attention
 from cached_tx.ops.documents import document_ids
@@ -60,10 +61,7 @@ class GatedAttention(MemoryAttention):
         f"memory.inner is {self.memory.inner}, but the layer was given an inner "
         "attention, which has a memory of its own: set memory.inner to 0"
       )
-    if self.attention not in KERNELS:
-      raise ValueError(
-        f"model.attention is {self.attention!r}; one of {', '.join(KERNELS)}"
-      )
+    check_attention(self.attention)
     inner = self._inner()
     inner.check()
     for name in ("width", "heads", "head_width", "segment", "positions"):
@@ -201,7 +199,7 @@ class GatedAttention(MemoryAttention):
       causal=False,
       offset=0,
       drop=self.drop.drop(deterministic),
-      kernel=None if index is not None else KERNELS[self.attention],
+      kernel=kernel_for(self.attention if index is None else "dense", q.shape[1]),
     )
     seen = slots.valid.any(axis=1)[:, None] & (documents == 0)  # B L
     gate = jnp.where(seen[..., None], nn.sigmoid(self.gate)[None, None], 0)

@@ -12,24 +12,19 @@ from cached_tx.layers.analysis import ANALYSIS, Attended, asked
 from cached_tx.layers.apart import ApartPositions
 from cached_tx.layers.base import MemoryAttention
 from cached_tx.layers.dropout import Dropout
+from cached_tx.layers.exact import check_attention, kernel_for
 from cached_tx.layers.projections import ToHeads
 from cached_tx.layers.reconstruction import reconstruction_loss
 from cached_tx.memory import Slots, partitioned
 from cached_tx.ops.attention import attention_weights, softmax_attention
 from cached_tx.ops.blockwise import Relative, blockwise_attention
-from cached_tx.ops.documents import (
-  causal_mask,
-  document_ids,
-  interval_before,
-  places_before,
-)
+from cached_tx.ops.documents import document_ids, interval_before
 from cached_tx.ops.positions import distance_scores, distance_table, rotate
-from cached_tx.ops.sight import Sight
+from cached_tx.ops.sight import Sight, shown
 from cached_tx.types import Heads, Hidden, Losses, Segment, State
 
 Place = Int[Array, "#B Q"]
 Bias = Float[Array, "H K"]
-KERNELS = {"auto": None, "dense": "dense", "blocks": "blocks"}
 
 
 class _Projected(NamedTuple):
@@ -46,11 +41,6 @@ class _Projected(NamedTuple):
   v: Float[Array, "B S H K"]
   relative: Relative | None
   bare: Float[Array, "B Q H K"]
-
-
-def _distances(place: Place, keys: int) -> Int[Array, "#B Q S"]:
-  """From each of the S = `keys` columns to each query's; negative for later keys."""
-  return place[:, :, None] - jnp.arange(keys, dtype=jnp.int32)[None, None]
 
 
 class SlotAttention(MemoryAttention):
@@ -100,10 +90,7 @@ class SlotAttention(MemoryAttention):
     """Raises ValueError, naming the config key, where the settings do not fit."""
     super().check()
     memory, positions = self.memory, self.positions
-    if self.attention not in KERNELS:
-      raise ValueError(
-        f"model.attention is {self.attention!r}; one of {', '.join(KERNELS)}"
-      )
+    check_attention(self.attention)
     if memory.apart and self.attention == "blocks":
       raise ValueError(
         "model.attention is 'blocks', which has one table of relative positions, but "
@@ -207,25 +194,37 @@ class SlotAttention(MemoryAttention):
   ) -> Heads:
     """`read` of all tokens of the segment."""
     slots = self.memory.slots(memory)
+    own = self._projected(tokens, None, tokens, slots, *biases)
+    return blockwise_attention(
+      own.q,
+      own.k,
+      own.v,
+      self._sight(None, starts, slots),
+      window=self.memory.window,
+      relative=own.relative,
+      drop=self.drop.drop(deterministic),
+      kernel=kernel_for(self.attention, tokens.shape[1]),
+    )
+
+  def _sight(
+    self, index: Place | None, starts: Bool[Array, "B C"], slots: Slots | None
+  ) -> Sight:
+    """What the queries at `index` (None: all, in order) see of slots and tokens."""
     queries = keys = document_ids(starts)
-    valid = zeros = None
+    places = valid = zeros = None
+    M = 0
     if slots is not None:
       M = slots.values.shape[1]
       keys = jnp.pad(keys, ((0, 0), (M, 0)))
       valid = jnp.pad(slots.valid, ((0, 0), (0, starts.shape[1])), constant_values=True)
       if self.memory.zeros:
         zeros = interval_before(starts, M)
-    own = self._projected(tokens, None, tokens, slots, *biases)
-    return blockwise_attention(
-      own.q,
-      own.k,
-      own.v,
-      Sight(queries, keys, valid, zeros=zeros),
-      window=self.memory.window,
-      relative=own.relative,
-      drop=self.drop.drop(deterministic),
-      kernel=KERNELS[self.attention],
-    )
+    if index is not None:
+      of = lambda x: jnp.take_along_axis(x, index, axis=1)
+      queries, places = of(queries), M + index
+      if zeros is not None:
+        zeros = jax.vmap(of, in_axes=2, out_axes=2)(zeros)
+    return Sight(queries, keys, valid, places, zeros=zeros)
 
   def _projected(
     self,
@@ -272,28 +271,14 @@ class SlotAttention(MemoryAttention):
     """What attention is of: queries, keys, values, a mask, terms of position, zeros."""
     slots = self.memory.slots(memory)
     own = self._projected(queries, index, tokens, slots, *biases)
-    documents = document_ids(starts)
-    whole = index is None
-    if index is None:
-      index = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
-      query_documents = documents
-    else:
-      query_documents = jnp.take_along_axis(documents, index, axis=1)
-    mask = causal_mask(documents, index, query_documents)
-    M, zeros = 0, None
-    if slots is not None:
-      M = slots.values.shape[1]
-      seen = slots.valid[:, None] & (query_documents == 0)[:, :, None]
-      mask = jnp.concatenate([seen, mask], axis=2)
-      if self.memory.zeros:
-        zeros = places_before(starts, index, M)
-        mask = mask | zeros
-    if self.memory.window:
-      mask = mask & (_distances(M + index, mask.shape[2]) < self.memory.window)
-    scores = None
+    sight, keys = self._sight(index, starts, slots), own.k.shape[1]
+    mask, zeros = shown(sight, own.q.shape[1], keys, window=self.memory.window)
+    scores, whole = None, index is None
     if own.relative is not None:
+      if index is None:
+        index = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
       far = self.memory.apart
-      place = None if whole else M - far + index
+      place = None if whole else keys - tokens.shape[1] - far + index
       scores = distance_scores(*own.relative, place, own.k.shape[1] - far)
       if far:
         apart = self.apart(own.bare, index, self.width)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from cached_tx.layers.base import MemoryAttention
+from cached_tx.layers.exact import devices_of_tokens
 from cached_tx.layers.projections import ToHeads
 from cached_tx.memory import Drawn, FavorState
 from cached_tx.ops.favor import favor_attention
@@ -31,18 +32,6 @@ def positions_in_document(
   latest = jax.lax.cummax(latest, axis=1)
   place = seen - jnp.where(latest > 0, latest, 1 - before[:, None])
   return place, seen[:, -1] - jnp.where(latest[:, -1] > 0, latest[:, -1] - 1, -before)
-
-
-def devices_of_tokens(tokens: int) -> str | None:
-  """The axis of the mesh, if any, whose several devices hold equal parts of a call.
-
-  The mesh is that of `jax.set_mesh`, its axis the one of the logical axis "length".
-  """
-  axes = nn.logical_to_mesh_axes(("length",))
-  sizes = jax.sharding.get_abstract_mesh().shape
-  axis = axes[0] if axes else None
-  size = sizes.get(axis, 1) if isinstance(axis, str) else 1
-  return axis if size > 1 and tokens % size == 0 else None
 
 
 class SumsAttention(MemoryAttention):

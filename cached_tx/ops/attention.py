@@ -8,18 +8,19 @@ from jaxtyping import Array, Bool, Float
 
 Queries = Float[Array, "B Q H K"]
 Keys = Float[Array, "B S H K"]
+Values = Float[Array, "B S H Kv"]
 Scores = Float[Array, "B H Q S"]
 
 
 def softmax_attention(
   q: Queries,
   k: Keys,
-  v: Keys,
+  v: Values,
   mask: Bool[Array, "B #Q S"],
   scores: Float[Array, "#B #H Q S"] | None = None,
   dropout: Callable[[Array], Array] | None = None,
   zeros: Bool[Array, "B #Q S"] | None = None,
-) -> Queries:
+) -> Float[Array, "B Q H Kv"]:
   """softmax(q k^T + scores) v over the keys that `mask` shows to each query.
 
   The exponent, the sum and the product are taken before the division, so that

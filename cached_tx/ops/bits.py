@@ -48,4 +48,4 @@ def kept(own: Words, rate: float) -> Bool[Array, "*rows S"]:
   bits = (bits ^ (bits >> 15)) + second
   bits = bits * jnp.uint32(0x846CA68B)
   bits = bits ^ (bits >> 16)
-  return bits >= jnp.uint32(round(rate * 2**32))
+  return bits >= jnp.uint32(min(round(rate * 2**32), 2**32 - 1))

@@ -97,12 +97,16 @@ def by_key(scores: Float[Array, "*batch Q S"]) -> Float[Array, "*batch Q S"]:
   padded to its full length for the negative distances, so that no entry wraps around
   from another row, and read from other places.
   """
-  *batch, Q, S = scores.shape
-  width = S + Q  # at least one more than S, for a single query too
+  *batch, Q, S = scores.shape  # padded by one more at least, for one query too
   full = jnp.pad(scores, [(0, 0)] * len(batch) + [(0, 0), (0, Q)])
-  flat = full.reshape(*batch, Q * width)[..., Q - 1 :]
-  flat = flat[..., : Q * (width - 1)]
-  return flat.reshape(*batch, Q, width - 1)[..., :S]
+  return by_place(full, S)
+
+
+def by_place(x: Float[Array, "*batch n w"], keys: int) -> Float[Array, "*batch n s"]:
+  """The columns n - 1 - a and on of row a, without a gather."""
+  *batch, n, w = x.shape
+  flat = x.reshape(*batch, n * w)[..., n - 1 : n - 1 + n * (w - 1)]
+  return flat.reshape(*batch, n, w - 1)[..., :keys]
 
 
 def sliced(slopes: Float[Array, "*batch Q S"]) -> Float[Array, "*batch Q S"]:

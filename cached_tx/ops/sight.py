@@ -125,6 +125,14 @@ def ranges(grid: Grid, own: Hidden) -> tuple[Range, ...]:
   return tuple(out)
 
 
+def shown(
+  sight: Sight, queries: int, keys: int, *, causal: bool = True, window: int = 0
+) -> tuple[Bool[Array, "#B Q S"], Bool[Array, "#B Q S"] | None]:
+  """Which keys all queries see, and which count as zeros; the queries stand last."""
+  grid = Grid(queries, keys, queries, keys, keys - queries, causal, window)
+  return seen(grid, Hidden(sight, None), 0, 0)
+
+
 def bounds(grid: Grid, known: tuple[Range, ...], own: Hidden) -> Int[Array, "blocks 4"]:
   """The ranges, without the blocks at both ends that documents or the mask hide."""
   table = np.asarray(known, np.int32)

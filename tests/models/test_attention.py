@@ -1,10 +1,13 @@
 """Attention by blocks inside models, at lengths where a segment has several."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import Mesh
 
+from cached_tx.layers.exact import kernel_for
 from cached_tx.memory import (
   CompressiveMemory,
   FavorMemory,
@@ -81,14 +84,23 @@ def program(model, length=LONG):
 
 
 def test_auto_takes_blocks_where_there_are_many_scores():
-  long = [program(model_of("relative", way)).as_text() for way in ("auto", "blocks")]
-  assert long[0] == long[1]
-  small = {"memories": (XLMemory(8),), "segment": 8}
-  short = [
-    program(model_of("relative", way, **small), 8).as_text()
-    for way in ("auto", "dense")
-  ]
-  assert short[0] == short[1] != long[0]
+  def text(way, slots, segment):
+    sizes = {"memories": (XLMemory(slots),), "segment": segment}
+    return program(model_of("relative", way, **sizes), segment).as_text()
+
+  assert text("auto", 288, 288) == text("blocks", 288, 288)  # many scores
+  assert text("auto", 600, 24) == text("blocks", 600, 24)  # few queries, many keys
+  assert text("auto", 8, 8) == text("dense", 8, 8) != text("blocks", 8, 8)
+
+
+def test_auto_holds_all_scores_where_tokens_lie_on_several_devices():
+  mesh = Mesh(np.array(jax.devices()[:2]), ("sequence",))
+  with nn.logical_axis_rules((("length", "sequence"),)):
+    assert kernel_for("auto", 288) is None
+    with jax.set_mesh(mesh):
+      assert kernel_for("auto", 288) == "dense"
+      assert kernel_for("blocks", 288) == "blocks"
+      assert kernel_for("auto", 287) is None  # of which no device has a part
 
 
 def test_blocks_need_no_room_for_all_scores():

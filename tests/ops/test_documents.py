@@ -3,10 +3,9 @@ import numpy as np
 import pytest
 
 from cached_tx.ops.documents import (
-  causal_mask,
   document_ids,
+  interval_before,
   last_document,
-  places_before,
 )
 from cached_tx.ops.fifo import Fifo, empty, push
 
@@ -24,24 +23,15 @@ def test_last_document_is_where_the_last_start_is():
   np.testing.assert_array_equal(length, [4, 2, 1])
 
 
-def test_a_query_sees_its_document_up_to_itself():
-  documents = document_ids(STARTS)
-  index = jnp.arange(4, dtype=jnp.int32)[None]
-  got = np.asarray(causal_mask(documents, index, documents))
-  for b, i, j in np.ndindex(3, 4, 4):
-    assert got[b, i, j] == (j <= i and documents[b, i] == documents[b, j])
-
-
 @pytest.mark.parametrize("slots", [0, 2, 5])
 def test_the_places_before_a_document_are_those_of_its_start(slots):
-  index = jnp.array([[3, 1], [0, 2], [3, 2]], jnp.int32)
-  got = np.asarray(places_before(STARTS, index, slots))
-  assert got.shape == (3, 2, slots + 4)
-  first = [[None, None], [0, 2], [3, None]]  # of the query's document, in this segment
-  for b, q, column in np.ndindex(got.shape):
-    start = first[b][q]
-    want = start is not None and -slots <= column - slots - start < 0
-    assert got[b, q, column] == want
+  got = np.asarray(interval_before(STARTS, slots))
+  none = None  # of the documents that started before
+  first = [[none] * 4, [0, 0, 2, 2], [none, none, none, 3]]
+  for b, token in np.ndindex(3, 4):
+    start = first[b][token]
+    want = set() if start is none else {slots + start - 1 - n for n in range(slots)}
+    assert set(range(*got[b, token])) == want
 
 
 def filled(size):
