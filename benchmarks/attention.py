@@ -42,7 +42,7 @@ from cached_tx.types import Segment
 
 B, H, K, R = 1, 8, 64, 256
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384, 65536)
-CHUNK = 128
+CHUNK = 64
 Attend = Callable[..., jax.Array]
 
 

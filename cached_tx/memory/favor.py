@@ -66,7 +66,7 @@ class FavorMemory(MemoryModule):
   features: int = 128
   kernel: str = "positive"
   projection: str = "orthogonal"
-  chunk: int = 128
+  chunk: int = 64
   seed: int = 0
   redraw: int = 0
 

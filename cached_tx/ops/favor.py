@@ -41,7 +41,8 @@ __all__ = [
 
 FORMS = ("associative", "scan")  # of any features, on any device
 KERNEL = "kernel"  # ops/favor_kernel.py
-SPAN = 2048
+SPAN, CACHED = 2048, 256
+MOST_SPANS = 256  # of each, one state is kept for the backward pass
 Keys = Float[Array, "B S H K"]
 
 
@@ -54,7 +55,7 @@ def favor_attention(
   sums: PrefixSums,
   *,
   features: FeatureMap = FEATURES["positive"],
-  chunk: int = 128,
+  chunk: int = 64,
   span: int | None = None,
   form: str | None = None,
 ) -> tuple[Float[Array, "B L H Kv"], PrefixSums]:
@@ -78,12 +79,12 @@ def favor_attention(
     chunk: tokens per chunk. It changes speed and memory, not the estimate; L need not
       be a multiple.
     span: tokens whose features and sums exist at a time, a multiple of `chunk`. None:
-      2048, or as many whole chunks as fit.
+      256 on a CPU, whose cache then holds them, 2048 elsewhere, and more where there
+      would be more than 256 spans; whole chunks.
     form: associative or scan, or kernel, which is `favor_kernel` (ops/favor_kernel.py)
       with its own limits and without spans. None: the kernel on devices where it was
-      seen to be faster, of which there is none yet; else the scan on a CPU, where it
-      needs a third of the memory and is faster forward, though not backward; else
-      associative.
+      seen to be faster, of which there is none yet; else associative, which with
+      backward is the faster one on a CPU too.
 
   Returns:
     The output, 0 at padding and where no key is valid, and `sums` extended by these
@@ -96,7 +97,7 @@ def favor_attention(
       of other features, and for what the kernel cannot do where it is asked for.
   """
   if span is None:
-    span = max(SPAN // max(chunk, 1), 1) * chunk
+    span = _usual_span(q.shape[1], max(chunk, 1))
   if chunk < 1 or span < chunk or span % chunk:
     raise ValueError(
       f"chunk is {chunk} and span {span}; chunk must be 1 or more, and span a multiple"
@@ -117,7 +118,7 @@ def favor_attention(
   if form == KERNEL:
     options: Any = {"features": features, "chunk": chunk}
     return favor_kernel(q, k, v, w, segment, sums, **options)
-  how = How(features, chunk, span, form)
+  how = How(features, chunk, span, form or FORMS[0])
   tokens = CallTokens(q, k, v, segment.starts & segment.real, segment.real)
   wide = jnp.promote_types(jnp.result_type(q, k, v), sums.values.dtype)
   before = jax.tree.map(lambda x: x.astype(wide), packed(sums))
@@ -183,7 +184,7 @@ def favor_bidirectional(
 
   @jax.checkpoint
   def ask(q):
-    total = product(v, "bthr,bhrk->bthk", features(q, w).values, sums.both)
+    total = product(v, "bthr,bhkr->bthk", features(q, w).values, sums.both)
     return divided(total)[0].astype(v.dtype)
 
   out = jnp.moveaxis(jax.lax.map(ask, spans(q, span)), 0, 1)
@@ -214,6 +215,12 @@ def favor_sums(
   last = real & (begun == begun[:, -1:])
   fresh = jnp.broadcast_to(starts.any(axis=1)[:, None], (k.shape[0], k.shape[2]))
   return Part(_summed(features, span, k, v, _constant(w), last), fresh)
+
+
+def _usual_span(length: int, chunk: int) -> int:
+  """Spans that a CPU's cache holds, elsewhere longer ones; not above 256 of them."""
+  least = CACHED if jax.default_backend() == "cpu" else SPAN
+  return -(-max(least, -(-length // MOST_SPANS)) // chunk) * chunk
 
 
 def _check_span(span: int) -> None:
@@ -249,7 +256,7 @@ def _summed(
   def part(k, v, share):
     values = features(k, w).values
     both = with_ones(v, values.dtype) * share[..., None]
-    return product(v, "bthr,bthk->bhrk", values, both)
+    return product(v, "bthk,bthr->bhkr", both, values)
 
   if len(k) == 1:
     return Sums(part(k[0], v[0], share[0]), top)

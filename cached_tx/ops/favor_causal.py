@@ -47,7 +47,7 @@ class How(NamedTuple):
   features: FeatureMap
   chunk: int
   span: int
-  form: str | None
+  form: str  # associative or scan
 
 
 class CallTokens(NamedTuple):
@@ -187,13 +187,6 @@ def _mapped(how: How, w: Rows | None, x: Array) -> tuple[Array, Array]:
   return found.values, found.scale
 
 
-def _by_form(how: How, scan: Any, associative: Any, *args: Any) -> Any:
-  """The form that was asked for, or the platform's."""
-  if how.form is not None:
-    return {"scan": scan, "associative": associative}[how.form](*args)
-  return jax.lax.platform_dependent(*args, cpu=scan, default=associative)
-
-
 def _span(
   how: How, tokens: CallTokens, w: Rows | None, sums: Sums
 ) -> tuple[tuple[Array, Array], Sums]:
@@ -222,7 +215,9 @@ def _span(
     total = mixed(_mapped(how, w, chunks.q)[0], k, v, share, before, precision)
     return out(total), after
 
-  found, after = _by_form(how, scan, associative, _chunks(how, tokens), sums)
+  found, after = (scan if how.form == "scan" else associative)(
+    _chunks(how, tokens), sums
+  )
   size = tokens.q.shape[1]
   y = jnp.where(tokens.shown[..., None, None], unchunked(found[0], size), 0)
   return (y, unchunked(found[1][..., None], size)[..., 0]), after
@@ -304,7 +299,7 @@ def _span_pull(
     return slopes, total[0]
 
   given = (_chunks(how, tokens), chunked(ahead, how.chunk), sums, after)
-  slopes, after = _by_form(how, scan, associative, *given)
+  slopes, after = (scan if how.form == "scan" else associative)(*given)
   shown = tokens.shown[..., None, None]
   q, k, v = (jnp.where(shown, unchunked(x, size), 0) for x in slopes)
   return (q, k, v), after

@@ -114,10 +114,10 @@ def _total(v: Array, own: _Own, which: Bool[Array, "N B 1 C"]) -> Sums:
   top = jnp.where(which, own.scale, EMPTY).max(axis=-1)
   gap = jnp.minimum(own.scale - top[..., None], 0)
   share = jnp.where(which, jnp.exp(gap), 0)[..., None]
-  return Sums(product(v, "nbhcr,nbhck->nbhrk", own.k, faded(share, own.both)), top)
+  return Sums(product(v, "nbhck,nbhcr->nbhkr", faded(share, own.both), own.k), top)
 
 
-def _both_ways(last: Part, first: Part) -> Float[Array, "N B H R K1"]:
+def _both_ways(last: Part, first: Part) -> Float[Array, "N B H K1 R"]:
   """X_n, of the sums of each chunk over the documents it ends in and began in."""
   some = jnp.zeros_like(last.fresh[0])
   nothing = jnp.zeros_like(last.sums.both[0]), jnp.full_like(last.sums.top[0], EMPTY)
@@ -140,11 +140,11 @@ def _picked(
   v: Array,
   q: Float[Array, "N B H C R"],
   which: Bool[Array, "N B 1 C"],
-  sums: Float[Array, "N B H R K1"],
+  sums: Float[Array, "N B H K1 R"],
 ) -> Float[Array, "N B H C K1"]:
   """Numerator and denominator of the queries that the sums are for."""
   q = jnp.where(which[..., None], q, 0)  # 0 x NaN, in the gradient, would be NaN
-  return product(v, "nbhcr,nbhrk->nbhck", q, sums)
+  return product(v, "nbhcr,nbhkr->nbhck", q, sums)
 
 
 def _paired(
