@@ -18,6 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from ml_collections import ConfigDict
 
 from benchmarks.machine import describe
 from benchmarks.records import RESULTS, append
@@ -36,9 +37,9 @@ def resident() -> int:
   return pages * os.sysconf("SC_PAGE_SIZE")
 
 
-def stream(kind: str, tokens: int, call: int) -> dict[str, Any]:
+def stream(config: ConfigDict, tokens: int, call: int) -> dict[str, Any]:
   """Reads so many tokens, `call` at a time, and says what it took."""
-  model = Experiment(compare.get_config(kind)).model
+  model = Experiment(config).model
   params = sharding.unboxed(jax.jit(lambda: init_params(model, jax.random.key(0)))())
 
   @jax.jit
@@ -50,7 +51,7 @@ def stream(kind: str, tokens: int, call: int) -> dict[str, Any]:
   state = model.open_stream(model.initial_state(1), 1)
   size = sum(x.nbytes for x in jax.tree.leaves(state))
   starts = np.zeros((1, call), bool)
-  times, memory, finite = [], [], True
+  times, memory, arrays, finite = [], [], [], True
   for n in range(tokens // call):
     ids = rng.integers(256, size=(1, call), dtype=np.int32)
     starts[0, 0] = n == 0
@@ -61,13 +62,15 @@ def stream(kind: str, tokens: int, call: int) -> dict[str, Any]:
     if n % max(1, tokens // call // 1000) == 0:
       gc.collect()
       memory.append((n * call, resident()))
+    if n in (1, tokens // call - 1):
+      arrays.append(len(jax.live_arrays()))
   return {
-    "kind": kind,
     "tokens": len(times) * call,
     "call": call,
     "state_bytes": size,
     "finite": finite and all(np.isfinite(x).all() for x in floats(state)),
     "compilations": read._cache_size(),
+    "arrays_left_behind": arrays[-1] - arrays[0],
     **growth(memory, len(times) * call),
     **pace(times, call),
   }
@@ -107,10 +110,10 @@ def main() -> None:
   if not 1 <= args.call <= args.tokens // 20:
     parser.error(f"--call is {args.call}; a stream has 20 calls or more")
   about = describe()
-  record = stream(args.kind, args.tokens, args.call)
+  record = stream(compare.get_config(args.kind), args.tokens, args.call)
   for name, value in record.items():
     print(f"{name}: {value}")
-  append(RESULTS / "streaming.jsonl", record | about)
+  append(RESULTS / "streaming.jsonl", {"kind": args.kind} | record | about)
 
 
 if __name__ == "__main__":

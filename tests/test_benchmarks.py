@@ -13,6 +13,7 @@ from benchmarks import attention_rivals as rivals
 from cached_tx.ops.favor import favor_attention, no_sums
 from cached_tx.ops.features import FEATURES
 from cached_tx.types import Segment
+from configs import compare
 from tests.kinds import some
 from tests.reference import official_favor as official
 
@@ -156,12 +157,15 @@ def test_every_kind_can_be_timed(dtype):
     assert case.temporary["both"] > 0
 
 
-@pytest.mark.parametrize("kind", ["favor", "grc"])
-def test_a_stream_compiles_once_and_leaves_nothing_behind(kind):
-  found = streaming.stream(kind, tokens=1200, call=30)
+def test_a_stream_compiles_once_and_leaves_nothing_behind():
+  config = compare.get_config("xl+favor").unlock()
+  config.model.layers, config.model.pattern = 2, ("xl", "favor")
+  config.model.width = config.model.mlp = 16
+  config.memory.xl.size = config.memory.favor.features = config.segment = 8
+  found = streaming.stream(config.lock(), tokens=600, call=20)
   assert found["compilations"] == 1 and found["finite"]
-  assert found["tokens"] == 1200 and found["state_bytes"] < 2e5
-  assert found["growth_bytes"] < 2e7  # what the process itself does beside it
+  assert found["arrays_left_behind"] == 0
+  assert found["tokens"] == 600 and found["state_bytes"] < 2e5
   assert len(found["us_per_token_by_tenth"]) == 10
 
 

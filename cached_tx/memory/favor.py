@@ -8,8 +8,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from cached_tx.memory.base import MemoryModule
+from cached_tx.ops.choices import check_rows
 from cached_tx.ops.features import FEATURES, FeatureMap
-from cached_tx.ops.projections import PROJECTIONS, Rows, project
+from cached_tx.ops.projections import Rows, project
 from cached_tx.ops.sums import EMPTY, PrefixSums, no_sums
 from cached_tx.types import DType, Index
 
@@ -82,42 +83,20 @@ class FavorMemory(MemoryModule):
   def check(self, segment: int, width: int, heads: int) -> None:
     """Raises ValueError for values that do not fit."""
     del segment
-    if self.features < 1 or self.chunk < 1:
-      raise ValueError(
-        f"memory.features and memory.chunk are {self.features} and {self.chunk}; "
-        "both must be 1 or more"
-      )
+    if self.chunk < 1:
+      raise ValueError(f"memory.chunk is {self.chunk}; it counts tokens: 1 or more")
     if self.redraw < 0:
       raise ValueError(
         f"memory.redraw is {self.redraw}; it counts training steps: 1 or more, or 0 "
         "(never)"
       )
-    if self.kernel not in FEATURES:
+    options = self.kernel, self.projection, self.features
+    check_rows(*options, width // heads, type(self).features, prefix="memory.")
+    if self.projection == "none" and self.redraw:
       raise ValueError(
-        f"memory.kernel is {self.kernel!r}; one of {', '.join(FEATURES)}"
+        f"memory.redraw is {self.redraw}, but memory.projection 'none' has no rows "
+        "to draw: set memory.redraw to 0, or choose a projection"
       )
-    if self.projection not in (*PROJECTIONS, "none"):
-      known = ", ".join(PROJECTIONS)
-      raise ValueError(
-        f"memory.projection is {self.projection!r}; one of {known} or none"
-      )
-    if self.projection == "none":
-      if self.mapping.projected:
-        raise ValueError(
-          f"memory.projection is 'none', but memory.kernel {self.kernel!r} is made of "
-          "random rows: choose one, or memory.kernel relu, elu1 or squares"
-        )
-      if self.features != type(self).features:
-        raise ValueError(
-          f"memory.features is {self.features}, which counts rows of a projection, but "
-          f"memory.projection is 'none': leave it at {type(self).features}"
-        )
-      if self.redraw:
-        raise ValueError(
-          f"memory.redraw is {self.redraw}, but memory.projection 'none' has no rows "
-          "to draw: set memory.redraw to 0, or choose a projection"
-        )
-    jax.eval_shape(lambda: self.draw(0, width, heads))  # what the width cannot have
 
   @nn.nowrap
   def initial_state(

@@ -112,9 +112,14 @@ def favor_attention(
     )
   if not v.shape[1]:
     return v, sums
-  if form is None and chosen(jax.devices()[0].device_kind):
+  if form is None and chosen(jax.devices()[0].device_kind) and not _divided():
     fits = misfit(features, w, chunk, q.shape[-1], v.shape[-1]) is None
     form = KERNEL if fits else None
+  if form == KERNEL and _divided():
+    raise ValueError(
+      "form is 'kernel', but arrays may be divided over the devices of the mesh, which "
+      "no kernel can be: call it inside jax.shard_map, or leave form out"
+    )
   if form == KERNEL:
     options: Any = {"features": features, "chunk": chunk}
     return favor_kernel(q, k, v, w, segment, sums, **options)
@@ -215,6 +220,12 @@ def favor_sums(
   last = real & (begun == begun[:, -1:])
   fresh = jnp.broadcast_to(starts.any(axis=1)[:, None], (k.shape[0], k.shape[2]))
   return Part(_summed(features, span, k, v, _constant(w), last), fresh)
+
+
+def _divided() -> bool:
+  """Whether XLA may divide arrays over a mesh of several devices here."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return any(n > 1 and a not in mesh.manual_axes for a, n in mesh.shape.items())
 
 
 def _usual_span(length: int, chunk: int) -> int:

@@ -60,10 +60,15 @@ def favor_over(
   place = jax.lax.axis_index(axis)
   total = Part(packed(sums), jnp.zeros(sums.top.shape, bool))
   before = total
-  for i in range(jax.lax.axis_size(axis)):
-    total = joined(total, jax.tree.map(lambda x, i=i: x[i], parts))
-    choose = lambda now, x, i=i: jnp.where(place == i + 1, now, x)
-    before = jax.tree.map(choose, total, before)
+
+  def join(carry, part):
+    total, before, n = carry
+    total = joined(total, part)
+    keep = lambda now, x: jnp.where(place == n, now, x)
+    return (total, jax.tree.map(keep, total, before), n + 1), None
+
+  one = jnp.ones((), place.dtype)
+  (total, before, _), _ = jax.lax.scan(join, (total, before, one), parts)
   start = unpacked(before.sums)
   out, _ = favor_attention(q, k, v, w, segment, start, **options)
   return out, unpacked(total.sums)

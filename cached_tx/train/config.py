@@ -12,7 +12,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from cached_tx.train.accumulation import stages
+from cached_tx.train.accumulation import Stage, stages
 
 TOP = (
   "seed",  # of parameters, dropout and the order of documents
@@ -80,7 +80,31 @@ def _check_ranges(config: Mapping[str, Any]) -> None:
     if not holds:
       section, name = key.split(".")
       raise ValueError(f"{key} is {config[section][name]}; it must be {rule}")
-  stages(own["accumulate"], config["steps"])
+  plan = stages(own["accumulate"], config["steps"])
+  for key, every in _redraws(config["memory"]).items():
+    _check_redraw(key, every, plan)
+
+
+def _redraws(memory: Mapping[str, Any]) -> dict[str, int]:
+  """How often each memory that redraws its random constants does so, by config key."""
+  named = {"": memory} if "kind" in memory else {f"{k}.": m for k, m in memory.items()}
+  return {
+    f"memory.{name}redraw": own["redraw"]
+    for name, own in named.items()
+    if isinstance(own.get("redraw"), int) and own["redraw"] > 0
+  }
+
+
+def _check_redraw(key: str, every: int, plan: tuple[Stage, ...]) -> None:
+  """Raises ValueError if an update would average gradients of two draws."""
+  for stage in plan:
+    redraws = range(-(-stage.first // every) * every, stage.first + stage.steps, every)
+    if any((step - stage.first) % stage.every for step in redraws[:2]):
+      raise ValueError(
+        f"{key} is {every}, but optimizer.accumulate averages the gradients of "
+        f"{stage.every} steps from step {stage.first} on: a redraw would fall between "
+        "them; set one of the two so that updates end where redraws begin"
+      )
 
 
 def _check_keys(

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import Mesh, PartitionSpec
 
 from cached_tx.ops.favor import favor_attention, no_sums
 from cached_tx.ops.favor_kernel import FASTER, PLATFORMS, chosen, favor_kernel
@@ -201,8 +202,9 @@ def test_nothing_real_leaves_the_sums_as_they_were():
 
 # That the program is made, not that it runs: nothing here has such a device.
 @pytest.mark.parametrize("device,call", [("cuda", "gpu.triton"), ("tpu", "tpu_custom")])
-@pytest.mark.parametrize("width,rows", [(64, 256), (128, 128)])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+  "width,rows,dtype", [(64, 256, "float32"), (128, 128, "bfloat16")]
+)
 def test_forward_and_backward_are_lowered(device, call, width, rows, dtype):
   x = jax.ShapeDtypeStruct((1, 200, 8, width), dtype)
   sums = jax.eval_shape(lambda: no_sums(1, 8, rows, width))
@@ -241,6 +243,22 @@ def test_what_does_not_fit_is_refused():
     favor_kernel(q, k, v, w, segment, sums, platform="cpu")
   with pytest.raises(ValueError, match="interpret mode"):  # on a CPU, by JAX
     favor_attention(q, k, v, w, segment, sums, chunk=16, form="kernel")
+
+
+def test_it_is_refused_where_arrays_may_be_divided():
+  q, k, v, w, starts, _ = map(jnp.asarray, arrays(4, 16))
+  sums = no_sums(B, H, R, KV)
+  own = lambda q, k, v, w, starts, sums: favor_attention(
+    q, k, v, w, Segment(starts), sums, chunk=16, form="kernel"
+  )
+  with jax.set_mesh(Mesh(np.array(jax.devices()[:2]), ("rows",))):
+    with pytest.raises(ValueError, match=r"inside jax.shard_map"):
+      jax.eval_shape(own, q, k, v, w, starts, sums)
+    rows, same = PartitionSpec("rows"), PartitionSpec()
+    specs = (rows, rows, rows, same, rows, rows)
+    inside = jax.shard_map(own, in_specs=specs, out_specs=(rows, rows), check_vma=False)
+    out, _ = jax.eval_shape(inside, q, k, v, w, starts, sums)
+  assert out.shape == v.shape
 
 
 def test_no_device_takes_it_unasked():

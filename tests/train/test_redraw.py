@@ -14,6 +14,7 @@ from cached_tx.generate import generate
 from cached_tx.load import load
 from cached_tx.models import last_step
 from cached_tx.train import sharding
+from cached_tx.train.config import check
 from cached_tx.train.evaluation import Evaluator, Reading
 from cached_tx.train.experiment import Experiment
 from cached_tx.train.loop import train
@@ -133,3 +134,29 @@ def test_what_is_loaded_has_the_draw_of_the_last_step(ran, tmp_path):
 def test_models_without_redraws_are_themselves(ran):
   model = Experiment.of(ran[1], changes=["memory.redraw=0"]).model
   assert model.after(SCORED) is model
+
+
+@pytest.mark.parametrize(
+  "redraw,accumulate,fits",
+  [
+    (6, 3, True),
+    (6, 12, False),  # in the middle of the first update
+    (4, 3, False),
+    (12, 4, True),
+    (9, ((0, 1), (6, 3)), True),
+    (8, ((0, 1), (6, 3)), False),
+    (8, ((0, 1), (12, 12)), False),
+    (20, ((0, 1), (20, 2)), True),
+    (30, 12, True),  # never
+  ],
+)
+def test_no_update_averages_two_draws(tmp_path, redraw, accumulate, fits):
+  c = config(toy.write_text(tmp_path / "text")).unlock()
+  c.steps, c.memory.redraw = 24, redraw
+  with c.ignore_type():
+    c.optimizer.accumulate = accumulate
+  if fits:
+    check(c.to_dict())
+    return
+  with pytest.raises(ValueError, match=r"memory.redraw is .* optimizer.accumulate"):
+    check(c.to_dict())
