@@ -109,8 +109,9 @@ def _kinds(quickly: Collection[str]) -> pytest.MarkDecorator:
   return pytest.mark.parametrize("kind", some(MEMORIES, quickly))
 
 
-EVERY = _kinds(MEMORIES)
-EACH = _kinds([kind for kind in MEMORIES if kind not in VARIANTS])
+KINDS = [kind for kind in MEMORIES if kind not in VARIANTS]
+EACH = _kinds(KINDS)
+MORE = _kinds([*KINDS, "xl-blocks", "favor-elu1"])
 SOME = _kinds(FEW)
 
 

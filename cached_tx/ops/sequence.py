@@ -58,17 +58,17 @@ def favor_over(
   shared = {key: options[key] for key in named if options.get(key) is not None}
   parts = _gathered(favor_sums(k, v, w, segment, **shared), axis)
   place = jax.lax.axis_index(axis)
-  total = Part(packed(sums), jnp.zeros(sums.top.shape, bool))
-  before = total
+  dtype = jnp.promote_types(sums.top.dtype, parts.sums.top.dtype)
+  given = jax.tree.map(lambda x: x.astype(dtype), packed(sums))
+  total = Part(given, jnp.zeros(sums.top.shape, bool))
 
   def join(carry, part):
-    total, before, n = carry
-    total = joined(total, part)
-    keep = lambda now, x: jnp.where(place == n, now, x)
-    return (total, jax.tree.map(keep, total, before), n + 1), None
+    total, before, device = carry
+    choose = lambda now, x: jnp.where(device == place, now, x)
+    before = jax.tree.map(choose, total, before)
+    return (joined(total, part), before, device + 1), None
 
-  one = jnp.ones((), place.dtype)
-  (total, before, _), _ = jax.lax.scan(join, (total, before, one), parts)
+  (total, before, _), _ = jax.lax.scan(join, (total, total, jnp.int32(0)), parts)
   start = unpacked(before.sums)
   out, _ = favor_attention(q, k, v, w, segment, start, **options)
   return out, unpacked(total.sums)

@@ -12,11 +12,11 @@ from cached_tx.ops.favor import favor_attention, no_sums
 from cached_tx.ops.favor_kernel import FASTER, PLATFORMS, chosen, favor_kernel
 from cached_tx.ops.features import FEATURES
 from cached_tx.types import Segment
-from tests.kinds import jit, precision
+from tests.kinds import jit, precision, some
 from tests.ops.test_favor import assert_near, pairwise
 
 B, H, K, KV, R, CHUNK = 2, 2, 16, 32, 16, 16
-BOTH = pytest.mark.parametrize("platform", PLATFORMS)
+BOTH = pytest.mark.parametrize("platform", some(PLATFORMS, ("gpu",)))
 
 
 def arrays(seed, length, scale=0.7):
@@ -68,7 +68,10 @@ def slopes(length):
 
 
 # Worst error measured, relative to the largest number: 1e-15.
-@pytest.mark.parametrize("platform,length", [("gpu", 53), ("tpu", 53), ("gpu", 5)])
+@pytest.mark.parametrize(
+  "platform,length",
+  some([("gpu", 53), ("tpu", 53), ("gpu", 5)], [("gpu", 53), ("tpu", 53)]),
+)
 def test_everything_equals_that_of_the_scan(platform, length):
   q, k, v, w, starts, valid = arrays(0, length)
   starts[0, :20] = False  # what came before is seen, and faded

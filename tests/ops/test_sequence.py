@@ -78,6 +78,20 @@ def crossing(function, *args):
   return [(name, 4 * int(np.prod([*map(int, s.split(","))]))) for s, name in found]
 
 
+def test_programs_are_no_longer_for_more_devices():
+  """Forward and backward, of as many tokens per device."""
+
+  def lines(devices):
+    q, k, v, w, *masks = (jnp.asarray(x) for x in arrays())
+    q, k, v, *masks = (x[:, : 8 * devices] for x in (q, k, v, *masks))
+    sums = no_sums(B, H, R, K, q.dtype)
+    total = lambda q, k, v, sums: over(devices)(q, k, v, w, *masks, sums)[0].sum()
+    slope = jax.jit(jax.grad(total, argnums=(0, 1, 2, 3)))
+    return len(slope.lower(q, k, v, sums).as_text().splitlines())
+
+  assert lines(2) == lines(8)
+
+
 def test_only_the_sums_of_each_device_cross():
   q, k, v, w, starts, valid = (jnp.asarray(x) for x in arrays())
   q, k, v, w = (x.astype(jnp.float32) for x in (q, k, v, w))
