@@ -111,7 +111,7 @@ def _kinds(quickly: Collection[str]) -> pytest.MarkDecorator:
 
 KINDS = [kind for kind in MEMORIES if kind not in VARIANTS]
 EACH = _kinds(KINDS)
-MORE = _kinds([*KINDS, "xl-blocks", "favor-elu1"])
+MOST = _kinds([*KINDS, "xl-blocks", "favor-elu1"])
 SOME = _kinds(FEW)
 
 
