@@ -84,6 +84,7 @@ VARIANTS = (
   "xl-zeros",
   "xl-blocks",
   "compressive-mean",
+  "compressive-bptt",
   "compressive-used",
   "compressive-dilated",
   "grc+xl",
@@ -111,7 +112,7 @@ def _kinds(quickly: Collection[str]) -> pytest.MarkDecorator:
 
 KINDS = [kind for kind in MEMORIES if kind not in VARIANTS]
 EACH = _kinds(KINDS)
-MOST = _kinds([*KINDS, "xl-blocks", "favor-elu1"])
+MOST = _kinds([*KINDS, "xl-blocks", "compressive-bptt"])
 SOME = _kinds(FEW)
 
 

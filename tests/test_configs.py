@@ -59,6 +59,7 @@ SLOW = {
   "pg19_compressive",
   "wikitext103_compressive",
   "wikitext103_xl_base",
+  "wikitext103_xl_large",
 }
 assert {*SMOKE} > SLOW
 

@@ -11,6 +11,7 @@ import pytest
 
 from cached_tx.train import processes
 from cached_tx.train.processes import Place
+from tests.kinds import some
 from tests.train import toy
 from tests.train.killing import PATIENCE, ROOT, Run, environment
 
@@ -95,7 +96,7 @@ def test_two_processes_stopped_and_resumed_equal_one(text, tmp_path):
 
 
 @pytest.mark.prove
-@pytest.mark.parametrize("axis", ["data", "fsdp", "tensor"])
+@pytest.mark.parametrize("axis", some(["data", "fsdp", "tensor"], ["fsdp"]))
 def test_every_mesh(axis, text, tmp_path, monkeypatch):
   monkeypatch.setenv("XLA_FLAGS", "")  # compiled as usual
   mesh = () if axis == "data" else (f"--config.mesh.{axis}=2",)

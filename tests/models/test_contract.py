@@ -12,7 +12,6 @@ from jax.sharding import PartitionSpec as Axes
 from cached_tx.types import Segment
 from tests.kinds import (
   EACH,
-  MOST,
   SOME,
   B,
   C,
@@ -104,7 +103,7 @@ def test_any_cutting_equals_one_call_in_float32(kind):
   check_cut(kind, "float32", 1e-5, [3] * (T // 3), seed=1)
 
 
-@MOST
+@EACH
 @settings(max_examples=8)
 @given(pieces=cuts(), seed=st.integers(2, 2**16))
 @example(pieces=[5, 1, 1, 5], seed=2)

@@ -106,7 +106,7 @@ def parts(model, params, moved, tokens, state):
   )
 
 
-@EACH
+@MOST
 def test_the_gradient_ends_at_every_second_boundary(kind):
   model, params = decoder(kind, tbptt=2), toy(kind).params
   tokens, _ = text(1, length=4 * C)
