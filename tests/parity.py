@@ -24,11 +24,13 @@ import numpy as np  # noqa: E402
 from benchmarks.machine import describe  # noqa: E402
 from tests.kinds import precision  # noqa: E402
 from tests.layers import (  # noqa: E402
+  test_attentions_golden,
   test_compressive,
   test_favor_golden,
   test_grc_golden,
   test_transformer_xl,
 )
+from tests.models import test_lra_golden  # noqa: E402
 from tests.models import test_transformer_xl as test_models  # noqa: E402
 from tests.ops import test_compress  # noqa: E402
 
@@ -39,7 +41,7 @@ class Errors:
   def __init__(self):
     self.worst, self.arrays = 0.0, 0
 
-  def note(self, got: Any, want: Any, *_: Any) -> None:
+  def note(self, got: Any, want: Any, _: Any = None, largest: Any = None) -> None:
     """Takes the place of a comparison: of arrays, or of trees of them."""
     pairs = zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True)
     for a, b in ((np.asarray(a), np.asarray(b)) for a, b in pairs):
@@ -49,7 +51,7 @@ class Errors:
         assert (a == b).all()
       elif b.size:
         gap = np.abs(np.float64(a) - np.float64(b)).max()
-        error = float(gap / (np.abs(b).max() or 1.0))
+        error = float(gap / (np.abs(b).max() or 1.0 if largest is None else largest))
         assert math.isfinite(error)  # max() would pass over a NaN
         self.worst = max(self.worst, error)
 
@@ -66,10 +68,17 @@ def calls(test: Any) -> Iterator[dict[str, Any]]:
     yield found
 
 
-def noted(module: Any, name: str, run: Callable[[], Any]) -> Errors:
-  """What `run` compares by the function `name` of the module."""
+def noted(
+  module: Any, name: str, run: Callable[[], Any], answer: Any = None
+) -> Errors:
+  """What `run` compares by the function `name` of the module, which gives `answer`."""
   errors = Errors()
-  with mock.patch.object(module, name, errors.note):
+
+  def note(*arguments: Any) -> Any:
+    errors.note(*arguments)
+    return answer
+
+  with mock.patch.object(module, name, note):
     run()
   return errors
 
@@ -138,6 +147,42 @@ def of_performers() -> Iterator[tuple[str, Errors]]:
     yield name, noted(own, "assert_close", lambda tests=tests: [t() for t in tests])
 
 
+def of_lra() -> Iterator[tuple[str, Errors]]:
+  """Files of the Long Range Arena: layers and functions, then whole models."""
+  own, models = test_attentions_golden, test_lra_golden
+  tests = {
+    "lra_attn_longformer": [
+      lambda rows=rows: own.test_longformer_without_global_tokens(rows)
+      for rows in ([0], [0, 1])
+    ],
+    "lra_attn_bigbird": [own.test_bigbird_with_the_published_graph],
+    "lra_fn_bigbird": [own.test_bigbird_s_published_function],
+    "lra_fn_linear": [own.test_linear_attention_of_the_published_function],
+    "clean_local_divisible": [own.test_local_is_the_corrected_code],
+    "clean_synthesizer_dense_only": [own.test_dense_synthesizer_is_the_corrected_code],
+    "clean_sinkhorn_sinkhorn": [
+      *(lambda c=c: own.test_sinkhorn_is_the_corrected_code(c) for c in ("joint", "sum")),
+      own.test_permutations_are_those_of_the_published_operator,
+    ],
+  }
+  for arguments in calls(own.test_the_fixed_pattern):
+    test = lambda a=arguments: own.test_the_fixed_pattern(**a)
+    tests[arguments["name"]] = [test]
+  for name in own.FILES:
+    tests[name] = [lambda n=name: own.test_published_code_where_it_is_right(n)]
+  for name, runs in tests.items():
+    run = lambda runs=runs: [test() for test in runs]
+    yield f"lra/{name}", noted(own, "error", run, 0.0)
+  for name, case in models.CASES.items():
+    run = lambda n=name, c=case: models.compare(n, c)
+    yield f"lra/lra_model_{name}", noted(models, "near", run, True)
+  name, case = models.SOFTMAX
+  run = lambda: models.compare_as_published(name, case)
+  yield f"lra/lra_model_{name}", noted(models, "near", run, True)
+  run = models.test_the_mean_is_over_real_tokens_alone
+  yield "lra/lra_model_transformer_mean_learnpos", noted(models, "near", run, True)
+
+
 def main() -> None:
   """Prints markdown rows as they are found."""
   about = describe()
@@ -147,7 +192,7 @@ def main() -> None:
   )
   print("| file of `tests/golden` | worst error |\n|---|---|")
   for name, errors in itertools.chain(
-    of_xl(), of_compressive(), of_grc(), of_performers()
+    of_xl(), of_compressive(), of_grc(), of_performers(), of_lra()
   ):
     assert errors.arrays, name
     print(f"| `{name}` | {errors.worst:.1e} |")

@@ -218,6 +218,13 @@ def test_damaged_pairs(tmp_path, lines, end, message):
   refused("retrieval", tmp_path, tmp_path / "data", message)
 
 
+def test_the_last_pair_of_all_needs_no_line_end(tmp_path, monkeypatch):
+  """Where there are as many as were published, nothing was cut off."""
+  write_pairs(tmp_path, PAIRS, b"")
+  monkeypatch.setattr(retrieval, "_PAIRS", dict.fromkeys(SPLITS, len(PAIRS)))
+  assert len(rows("retrieval", tmp_path)["train"]) == len(PAIRS)
+
+
 def test_missing_pairs(tmp_path):
   write_pairs(tmp_path / "data")
   (tmp_path / "data" / "new_aan_pairs.eval.tsv").unlink()

@@ -1,7 +1,13 @@
 """ListOps: expressions and their values, files of the archive, damaged ones."""
 
+import fcntl
 import hashlib
+import os
 import re
+import signal
+import subprocess
+import sys
+import threading
 from dataclasses import dataclass
 from itertools import islice
 
@@ -74,15 +80,15 @@ def test_processes_change_nothing():
 
 def written(folder, lines, split="train"):
   folder.mkdir(exist_ok=True)
-  for name in ("train", "val", "test"):
-    usual = HEADER + "( ( ( [MAX 2 ) 3 ) ] )\t3\n"
-    text = HEADER + lines if name == split else usual
+  for digit, name in enumerate(("train", "val", "test"), 3):
+    usual = f"( ( ( [MAX 2 ) {digit} ) ] )\t{digit}\n"
+    text = HEADER + (lines if name == split else usual)
     (folder / f"basic_{name}.tsv").write_text(text)
   return folder
 
 
 def test_files_of_the_archive(tmp_path):
-  lines = "( ( ( [MAX 2 ) 3 ) ] )\t3\n( ( ( [SM 9 ) ( ( ( [MED 4 ) 7 ) ] ) ) ] )\t4\n"
+  lines = "( ( ( [MAX 1 ) 3 ) ] )\t3\n( ( ( [SM 9 ) ( ( ( [MED 4 ) 7 ) ] ) ) ] )\t4\n"
   source = written(tmp_path / "listops-1000", lines)
   counts = prepare("listops_archive", tmp_path / "out", source=source)
   assert counts == {"train": 2, "validation": 1, "test": 1}
@@ -93,11 +99,15 @@ def test_files_of_the_archive(tmp_path):
 
 
 BAD = {
-  "( ( [MAX 2 ) ] )\t3\n( ( [MAX 2": r"basic_train.tsv, line 3: the line is cut off",
+  "( ( [MAX 2 ) ] )\t2\n( ( [MAX 2": r"basic_train.tsv, line 3: the line is cut off",
   "( ( [MAX 2 ) ] )\t12\n": "line 2: label '12'",
   "( ( [MAX 2 ) ] )\n": "line 2: 1 columns",
   "( ( [AVG 2 ) ] )\t2\n": r"line 2: '\[AVG' is no digit",
-  "( ( [MAX 2 ) )\t2\n": "line 2: operators and their ends",
+  "( ( [MAX 2 ) )\t2\n": "line 2: not one expression",
+  "[MAX ]\t2\n": "line 2: not one expression",
+  "2 ] [MAX 3\t2\n": "line 2: not one expression",
+  "2 3\t2\n": "line 2: not one expression",
+  "( ( [MAX 2 ) ] )\t3\n": "line 2: label 3, but the expression is 2",
   "( )\t2\n": "line 2: an empty expression",
 }
 
@@ -123,6 +133,64 @@ def test_what_is_missing_is_named(tmp_path):
     examples("listops", "train", tmp_path)
   with pytest.raises(ValueError, match="split='dev'"):
     examples("listops", "dev", tmp_path)
+
+
+def test_an_expression_in_two_files_is_refused(tmp_path):
+  lines = "( ( [MAX 4 ) ] )\t4\n( ( ( [MAX 2 ) 3 ) ] )\t3\n"
+  source = written(tmp_path / "files", lines, split="test")
+  match = r"basic_test\.tsv, line 3: the expression is in basic_train\.tsv too"
+  with pytest.raises(ValueError, match=match):
+    prepare("listops_archive", tmp_path / "out", source=source)
+
+
+def test_what_a_killed_preparation_left_is_removed(tmp_path, monkeypatch):
+  """But not the folder of one at work, which holds its lock."""
+  left, busy = tmp_path / ".part-left", tmp_path / ".part-busy"
+  for folder in (left, busy):
+    folder.mkdir()
+    (folder / "lock").touch()
+  few = listops.LISTOPS_SMALL._replace(
+    splits=lambda options: listops._made(
+      listops.SMALL._replace(sizes=(3, 2, 2)), options
+    )
+  )
+  monkeypatch.setitem(TASKS, "listops_small", few)
+  with open(busy / "lock") as lock:
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    prepare("listops_small", tmp_path, processes=1)
+  assert sorted(path.name for path in tmp_path.iterdir()) == [busy.name, few.name]
+
+
+WORKER = """
+import os, sys, time
+from cached_tx.data.lra.parallel import in_order
+
+if __name__ == "__main__":
+  for item in in_order(os.getenv, (str(i) for i in range(10**9)), 2):
+    print("works", flush=True)
+    time.sleep(0.01)
+"""
+
+
+def test_workers_end_with_a_killed_parent(tmp_path):
+  script = tmp_path / "endless.py"
+  script.write_text(WORKER)
+  with subprocess.Popen(
+    [sys.executable, script],
+    stdout=subprocess.PIPE,
+    stderr=subprocess.DEVNULL,
+    start_new_session=True,
+  ) as run:
+    assert run.stdout.readline()
+    run.kill()
+    rest = threading.Thread(target=run.stdout.read)  # ends when no worker has the pipe
+    rest.start()
+    rest.join(30)
+    alive = rest.is_alive()
+    if alive:
+      os.killpg(run.pid, signal.SIGKILL)
+      rest.join()
+  assert not alive
 
 
 @dataclass

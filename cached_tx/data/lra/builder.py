@@ -5,9 +5,11 @@ of. The folder appears under its name only when it is complete.
 """
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,7 @@ from cached_tx.data.sources.base import SPLITS
 from cached_tx.data.sources.files import settle
 
 ABOUT = "about.json"
+PART, LOCK = ".part-", "lock"  # of what is being made
 UNUSED = Options()  # for a task that is only read
 
 
@@ -111,11 +114,22 @@ def prepare_task(task: Task, folder: str | os.PathLike, options: Options) -> dic
       )
     return about
   home.parent.mkdir(parents=True, exist_ok=True)
-  with tempfile.TemporaryDirectory(dir=home.parent, prefix=".part-") as part:
-    made = Path(part, "made")
-    about = _write(task, made, options, wanted)
-    settle(made, home)
+  _clear(home.parent)
+  with tempfile.TemporaryDirectory(dir=home.parent, prefix=PART) as part:
+    with open(Path(part, LOCK), "w") as lock:
+      fcntl.flock(lock, fcntl.LOCK_EX)  # let go however this process ends
+      made = Path(part, "made")
+      about = _write(task, made, options, wanted)
+      settle(made, home)
   return about
+
+
+def _clear(folder: Path) -> None:
+  """Removes what preparations left that were killed; those at work hold a lock."""
+  for lock in folder.glob(f"{PART}*/{LOCK}"):
+    with contextlib.suppress(OSError), open(lock) as file:
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      shutil.rmtree(lock.parent, ignore_errors=True)
 
 
 def _said(options: Options) -> dict[str, Any]:

@@ -12,18 +12,18 @@ lengths are kept. The published program has no seed: the distribution is its own
 the expressions are not.
 """
 
+import hashlib
 import random
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
-from itertools import islice
-from multiprocessing import get_context
+from itertools import count, islice
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from cached_tx.data.lra.base import Example, Options, Task
+from cached_tx.data.lra.parallel import in_order
 from cached_tx.data.sources.base import SPLITS
 
 OPERATORS = ("[MAX", "[MED", "[MIN", "[SM")
@@ -97,6 +97,20 @@ def value(ids: Iterable[int]) -> int:
   return stack[0][0]
 
 
+def whole(ids: Iterable[int]) -> bool:
+  """Whether ids are one expression, whose lists are closed and have operands."""
+  operands = [0]  # of the lists that are open; first the whole
+  for i in ids:
+    if i >= _FIRST_OPERATOR:
+      operands.append(0)
+      continue
+    if i == _END:
+      if len(operands) == 1 or not operands.pop():
+        return False
+    operands[-1] += 1
+  return operands == [1]
+
+
 def _applied(operator: str, values: list[int]) -> int:
   if operator == "[MAX":
     return max(values)
@@ -129,25 +143,12 @@ def generated(rules: Rules, options: Options) -> Iterator[Example]:
   version of Python, and nothing depends on the number of processes.
   """
   known: set[bytes] = set()
-  for part in _blocks(partial(block, rules, options.seed), options.processes):
+  make = partial(block, rules, options.seed)
+  for part in in_order(make, count(), options.processes):
     for ids, answer in part:
       if ids not in known:
         known.add(ids)
         yield Example((np.frombuffer(ids, np.uint8),), answer)
-
-
-def _blocks(make: partial, processes: int) -> Iterator[list[tuple[bytes, int]]]:
-  """What `make` gives for 0, 1, 2 and so on, in this order."""
-  if processes < 2:
-    number = 0
-    while True:
-      yield make(number)
-      number += 1
-  with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
-    first, ahead = 0, 4 * processes
-    while True:
-      yield from pool.map(make, range(first, first + ahead))
-      first += ahead
 
 
 def _made(rules: Rules, options: Options) -> dict[str, Iterable[Example]]:
@@ -192,9 +193,12 @@ def _parsed(line: str, where: str) -> Example:
   strange = [word for word in words if word not in IDS]
   if strange:
     raise ValueError(f"{where}: {strange[0][:40]!r} is no digit, operator or ]")
-  if sum(word in OPERATORS for word in words) != words.count("X"):
-    raise ValueError(f"{where}: operators and their ends differ in number")
-  return Example((np.array([IDS[word] for word in words], np.uint8),), int(label))
+  ids = [IDS[word] for word in words]
+  if not whole(ids):
+    raise ValueError(f"{where}: not one expression: lists are empty, or do not close")
+  if value(ids) != int(label):
+    raise ValueError(f"{where}: label {label}, but the expression is {value(ids)}")
+  return Example((np.array(ids, np.uint8),), int(label))
 
 
 def _archive(options: Options) -> dict[str, Iterable[Example]]:
@@ -208,7 +212,23 @@ def _archive(options: Options) -> dict[str, Iterable[Example]]:
         f"{file} is missing: --source is the folder listops-1000 of the archive, with "
         f"basic_train.tsv, basic_val.tsv and basic_test.tsv"
       )
-  return {split: read_tsv(file) for split, file in files.items()}
+  return dict(_apart(files))
+
+
+def _apart(files: dict[str, Path]) -> Iterator[tuple[str, Iterator[Example]]]:
+  """The examples of each file, of which none may be in two."""
+  known: dict[bytes, str] = {}
+
+  def checked(file: Path) -> Iterator[Example]:
+    for number, example in enumerate(read_tsv(file), 2):
+      key = hashlib.sha256(example.tokens[0]).digest()[:16]
+      first = known.setdefault(key, file.name)
+      if first != file.name:
+        raise ValueError(f"{file}, line {number}: the expression is in {first} too")
+      yield example
+
+  for split, file in files.items():
+    yield split, checked(file)
 
 
 LISTOPS = Task(
