@@ -3,6 +3,7 @@
 python -m benchmarks.lra                                     all models, 1,024 to 4,096
 python -m benchmarks.lra --models transformer,performer --lengths 1024,4096
 python -m benchmarks.lra --pass attention --lengths 1024,4096,16384   one layer alone
+python -m benchmarks.lra --models transformer-dense,sparse-root      other options
 
 The model is that of configs/lra/text.py, the rows are random bytes, without padding; a
 step is forward, backward and the optimiser's. Models take turns in rounds, and a number
@@ -32,6 +33,12 @@ from cached_tx.lra.step import compiled_step
 from cached_tx.train import sharding
 from cached_tx.types import Segment
 
+# Beside the models of the table: the same with other options.
+VARIANTS: dict[str, dict[str, Any]] = {
+  "transformer-dense": {"kernel": "dense"},  # scores of all pairs, as published
+  "sparse-root": {"block": 0},  # blocks of the length's root, as in its paper
+}
+MODELS = tuple(name for name in ATTENTIONS if name != "recurrent")
 LENGTHS = (1024, 2048, 3072, 4096)
 FILES = {"step": "lra.jsonl", "attention": "lra_attention.jsonl"}
 
@@ -42,7 +49,10 @@ def experiment(name: str, length: int, batch: int) -> LraExperiment:
   assert spec is not None and spec.loader is not None
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)
-  config = module.get_config(name).unlock()
+  model, _, words = name.partition(",")
+  mode = ",".join([model.partition("-")[0], *([words] if words else [])])
+  config = module.get_config(mode).unlock()
+  config.attention.update(VARIANTS.get(model, {}))
   config.task.length, config.batch = length, batch
   return LraExperiment(config.lock(), sharding.one_device())
 
@@ -153,7 +163,7 @@ def measure(
 def main() -> None:
   """Runs what the command line asks for."""
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument("--models", default=",".join(ATTENTIONS))
+  parser.add_argument("--models", default=",".join(MODELS))
   parser.add_argument("--cached", action="store_true", help="each with a cache too")
   parser.add_argument("--lengths", default=",".join(map(str, LENGTHS)))
   parser.add_argument("--batch", type=int, default=1)
@@ -161,9 +171,10 @@ def main() -> None:
   parser.add_argument("--pass", dest="what", default="step", choices=FILES)
   given = parser.parse_args()
   names = given.models.split(",")
-  unknown = [name for name in names if name not in ATTENTIONS]
+  known = (*MODELS, "xl", "compressive", *VARIANTS)
+  unknown = [name for name in names if name not in known]
   if unknown:
-    parser.error(f"--models has {unknown[0]!r}; there are {', '.join(ATTENTIONS)}")
+    parser.error(f"--models has {unknown[0]!r}; there are {', '.join(known)}")
   if given.cached:
     names += [f"{name},cached" for name in names]
   about = describe()

@@ -68,9 +68,7 @@ def calls(test: Any) -> Iterator[dict[str, Any]]:
     yield found
 
 
-def noted(
-  module: Any, name: str, run: Callable[[], Any], answer: Any = None
-) -> Errors:
+def noted(module: Any, name: str, run: Callable[[], Any], answer: Any = None) -> Errors:
   """What `run` compares by the function `name` of the module, which gives `answer`."""
   errors = Errors()
 
@@ -161,7 +159,9 @@ def of_lra() -> Iterator[tuple[str, Errors]]:
     "clean_local_divisible": [own.test_local_is_the_corrected_code],
     "clean_synthesizer_dense_only": [own.test_dense_synthesizer_is_the_corrected_code],
     "clean_sinkhorn_sinkhorn": [
-      *(lambda c=c: own.test_sinkhorn_is_the_corrected_code(c) for c in ("joint", "sum")),
+      *(
+        lambda c=c: own.test_sinkhorn_is_the_corrected_code(c) for c in ("joint", "sum")
+      ),
       own.test_permutations_are_those_of_the_published_operator,
     ],
   }

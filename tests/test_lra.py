@@ -154,7 +154,7 @@ def test_a_second_run_of_the_same_seed_is_named(run, tmp_path):
 
 RECORD = {
   "task": "listops", "model": "bigbird", "cached": True, "length": 2000, "steps": 5000,
-  "majority": 0.166, "parameters": 9, "run": "there",
+  "batch": 32, "majority": 0.166, "parameters": 9, "run": "there",
 }  # fmt: skip
 
 
@@ -168,7 +168,7 @@ def test_tables_have_means_spreads_and_published_numbers(tmp_path):
   assert rows[1]["published"] == 37.45 and rows[1]["seeds"] == 3
   np.testing.assert_allclose((rows[1]["accuracy"], rows[1]["spread"]), (37, 1))
   assert (
-    "| bigbird + cache | 9 | 5,000 | 3 | 37.00 ± 1.00 | 37.45 |"
+    "| bigbird + cache | 9 | 5,000 x 32 | 3 | 37.00 ± 1.00 | 37.45 |"
     in table.as_markdown(rows)
   )
   speeds = [
@@ -178,6 +178,8 @@ def test_tables_have_means_spreads_and_published_numbers(tmp_path):
       ("transformer", 4096, 0.5, 8000), ("performer", 4096, 3.0, 800),
     )
   ]  # fmt: skip
+  (tmp_path / "runs.jsonl").write_text("".join(json.dumps(r) + "\n" for r in runs))
+  assert table.summary(table.results(tmp_path / "runs.jsonl")) == rows
   found = table.relative(speeds)
   last = found[-1]
   assert (last["model"], last["length"]) == ("performer", 4096)

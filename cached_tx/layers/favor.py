@@ -6,7 +6,6 @@ Choromanski et al., 2021, arXiv:2009.14794, without causal masks.
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from cached_tx.layers.projections import ToHeads
@@ -15,7 +14,7 @@ from cached_tx.ops.documents import document_ids, positions_in_document
 from cached_tx.ops.favor import favor_bidirectional
 from cached_tx.ops.features import FEATURES
 from cached_tx.ops.positions import rotate
-from cached_tx.ops.projections import Rows, project, seeded
+from cached_tx.ops.projections import Rows, constant, project, seeded
 from cached_tx.types import DType, Heads, Hidden, Mask, Segment
 
 POSITIONS = ("none", "rotary")
@@ -68,12 +67,7 @@ class _Favor(nn.Module):
       key = jax.random.fold_in(seeded(self.seed), self.layer)
       return project(self.projection, key, *options)
 
-    if jax.process_count() > 1:  # constants of several processes cannot be read here
-      return make()
-    # Not in the program: factorisations of several layers at once wait for one another
-    # for ever on a CPU of two cores (seen with JAX 0.10).
-    with jax.ensure_compile_time_eval():
-      return jnp.asarray(np.asarray(make()))
+    return constant(make)
 
   @nn.nowrap
   def rows_or(self, given: Rows | None) -> Rows | None:

@@ -139,7 +139,8 @@ def _said(found: dict[str, Any]) -> str:
 def _define_table(values: flags.FlagValues, argv: list[str]) -> None:
   del argv
   own: Any = {"flag_values": values}
-  _text(values, "runs", "folder below which finished runs are")
+  text = "folder below which finished runs are, or a file with a result in each line"
+  _text(values, "runs", text)
   text = "lines of measured speed: what python -m benchmarks.lra writes"
   _text(values, "efficiency", text)
   text = "folder for Markdown, CSV and plots; without it tables are printed only"

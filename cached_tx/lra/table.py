@@ -6,7 +6,7 @@ import json
 import os
 import statistics
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,24 +16,28 @@ from cached_tx.lra import published
 from cached_tx.lra.training import RESULT
 from cached_tx.tables import counted
 
-Key = tuple[str, str, bool, int]  # task, model, cached, steps
+# Task, model, cached, length, steps, batch, parameters.
+Key = tuple[str, str, bool, int, int, int, int]
 
 
 def results(folder: str | os.PathLike) -> list[dict[str, Any]]:
   """What `evaluate` left in the runs of a folder, at any depth, by path.
+
+  Args:
+    folder: of runs; or a file of such records, one a line.
 
   Raises:
     FileNotFoundError: there is none.
     ValueError: a file is no result; names it.
   """
   found = []
-  for path in sorted(Path(folder).rglob(RESULT)):
+  for where, run, text in _texts(Path(folder)):
     try:
-      record = json.loads(path.read_text())
-      found.append(record | {"run": str(path.parent)})
+      record = json.loads(text)
+      found.append({"run": run} | record)
       _key(record)
     except (json.JSONDecodeError, TypeError, KeyError) as error:
-      raise ValueError(f"{path} is no result of a run: {error!r}") from None
+      raise ValueError(f"{where} is no result of a run: {error!r}") from None
   if not found:
     raise FileNotFoundError(
       f"no {RESULT} below {os.fspath(folder)}: cached-tx lra evaluate writes one in "
@@ -42,17 +46,31 @@ def results(folder: str | os.PathLike) -> list[dict[str, Any]]:
   return found
 
 
+def _texts(place: Path) -> Iterator[tuple[str, str, str]]:
+  """Where each record is, the run that it is of, and its text."""
+  if place.is_file():
+    for number, line in enumerate(place.read_text().splitlines(), 1):
+      where = f"{place}, line {number}"
+      yield where, where, line
+    return
+  for path in sorted(place.rglob(RESULT)):
+    yield str(path), str(path.parent), path.read_text()
+
+
 def _key(record: dict[str, Any]) -> Key:
-  return record["task"], record["model"], record["cached"], record["steps"]
+  sizes = (record[name] for name in ("length", "steps", "batch", "parameters"))
+  length, steps, batch, parameters = sizes
+  own = record["task"], record["model"], record["cached"]
+  return *own, length, steps, batch, parameters
 
 
 def summary(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-  """One row for all seeds of a task, a model and a number of steps.
+  """One row for all seeds of a task, a model, its size, length, steps and batch.
 
   Returns:
-    Rows with task, model, cached, steps, seeds, accuracy and majority in %, spread (the
-    standard deviation over seeds; None of one), published (%, or None), lowest, highest
-    and parameters, in the order of tasks, models and steps.
+    Rows with task, model, cached, length, steps, batch, seeds, accuracy and majority in
+    %, spread (the standard deviation over seeds; None of one), published (%, or None),
+    lowest, highest and parameters, in the order of tasks, models and steps.
 
   Raises:
     ValueError: two runs of one seed.
@@ -63,22 +81,23 @@ def summary(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     if record["seed"] in own:
       raise ValueError(
         f"{own[record['seed']]['run']} and {record['run']} are the same run: task, "
-        "model, steps and seed are equal"
+        "model, its size, length, steps, batch and seed are equal"
       )
     own[record["seed"]] = record
-  order = list(ATTENTIONS)
-  place = lambda key: (key[0], order.index(key[1]), key[2], key[3])
+  place = lambda key: (key[0], _place(key[1]), *key[1:])
   rows = []
   for key in sorted(groups, key=place):
     runs = [groups[key][seed] for seed in sorted(groups[key])]
     scores = [100 * run["accuracy"] for run in runs]
-    task, model, cached, steps = key
+    task, model, cached, length, steps, batch, parameters = key
     rows.append(
       {
         "task": task,
         "model": model,
         "cached": cached,
+        "length": length,
         "steps": steps,
+        "batch": batch,
         "seeds": len(runs),
         "accuracy": statistics.fmean(scores),
         "spread": statistics.stdev(scores) if len(scores) > 1 else None,
@@ -86,10 +105,17 @@ def summary(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
         "highest": max(scores),
         "majority": 100 * runs[0]["majority"],
         "published": published.accuracy(task, model, cached),
-        "parameters": runs[0]["parameters"],
+        "parameters": parameters,
       }
     )
   return rows
+
+
+def _place(model: str) -> int:
+  """Where a model stands in tables; what follows a dash tells variants apart."""
+  names = list(ATTENTIONS)
+  name = model.partition("-")[0]
+  return names.index(name) if name in names else len(names)
 
 
 def as_csv(rows: Sequence[dict[str, Any]]) -> str:
@@ -108,7 +134,7 @@ def as_markdown(rows: Sequence[dict[str, Any]]) -> str:
     own = [row for row in rows if row["task"] == task]
     parts.append(
       f"### {task}\n\nAlways the most frequent class: {own[0]['majority']:.2f} %.\n\n"
-      "| model | parameters | steps | seeds | accuracy % | published % |\n"
+      "| model | parameters | steps x batch | seeds | accuracy % | published % |\n"
       "|---|---|---|---|---|---|\n" + "".join(map(_line, own))
     )
   return "\n".join(parts)
@@ -118,7 +144,8 @@ def _line(row: dict[str, Any]) -> str:
   spread = "" if row["spread"] is None else f" ± {row['spread']:.2f}"
   other = "-" if row["published"] is None else f"{row['published']:.2f}"
   return (
-    f"| {label(row)} | {row['parameters']:,} | {row['steps']:,} | {row['seeds']} | "
+    f"| {label(row)} | {row['parameters']:,} | {row['steps']:,} x {row['batch']} | "
+    f"{row['seeds']} | "
     f"{row['accuracy']:.2f}{spread} | {other} |\n"
   )
 
@@ -141,10 +168,7 @@ def relative(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
   """
   newest = {(r["model"], r["cached"], r["length"]): r for r in records}
   rows = []
-  order = list(ATTENTIONS)
-  for model, cached, length in sorted(
-    newest, key=lambda key: (order.index(key[0]), key[1], key[2])
-  ):
+  for model, cached, length in sorted(newest, key=lambda key: (_place(key[0]), *key)):
     own = newest[model, cached, length]
     base = newest.get(("transformer", False, length))
     ratio = lambda name, own=own, base=base: base and own[name] / base[name]

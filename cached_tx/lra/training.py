@@ -101,7 +101,7 @@ def evaluate(
 
   Returns:
     JSON data: task, model, cached, seed, step (of the checkpoint), steps (of the run),
-    split, loss, accuracy, examples, majority (the accuracy of always naming the
+    batch, split, loss, accuracy, examples, majority (the accuracy of always naming the
     split's most frequent class), parameters, device, speed. Of the test split
     it is written to workdir/result.json too, unless a step was named.
 
@@ -124,12 +124,13 @@ def evaluate(
     score = evaluator(params, memory)
   found = {
     "task": config.task.name,
-    "model": config.model.attention,
+    "model": _model(config),
     "cached": experiment.model.memory is not None,
     "length": config.task.length,
     "seed": config.seed,
     "step": at,
     "steps": config.steps,
+    "batch": config.batch,
     "split": split,
     **score._asdict(),
     "majority": own.majority,
@@ -140,6 +141,12 @@ def evaluate(
   if split == "test" and step is None and jax.process_index() == 0:
     write_atomically(Path(workdir) / RESULT, json.dumps(found, indent=2) + "\n")
   return found
+
+
+def _model(config: ConfigDict) -> str:
+  """The attention, and the memory of one that has a memory of its own."""
+  memory = config.attention.get("memory")
+  return config.model.attention + (f"-{memory.kind}" if memory else "")
 
 
 def _speed(workdir: str | os.PathLike) -> dict[str, float | None]:

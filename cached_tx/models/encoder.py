@@ -153,6 +153,11 @@ class EncoderClassifier(nn.Module):
         f"model.heads is {self.heads}, which does not divide the {channels} channels "
         f"of model.{'qkv' if self.qkv else 'width'}"
       )
+    if getattr(ATTENTIONS[self.attention], "causal", False) and self.pool != "mean":
+      raise ValueError(
+        f"model.pool is {self.pool!r}, the first token, which with model.attention "
+        f"{self.attention!r} sees no other: set model.pool to mean"
+      )
     for layer in self.attentions():
       layer.check()
 
@@ -189,11 +194,16 @@ class EncoderClassifier(nn.Module):
     memory = self.memory
     assert memory is not None
     memory = memory.clone(size=memory.size or self.length, parent=None)
+    reader = None  # attentions of features read the cache by them too
+    if hasattr(inner, "reader"):
+      inner.check()
+      reader = inner.reader(memory.channels(self.width) // self.heads)
     return GatedEncoderAttention(
       width=self.width,
       heads=self.heads,
       memory=memory,
       inner=inner,
+      kernel=reader,
       dropout=self.attention_dropout,
       dtype=self.dtype,
       xavier=True,

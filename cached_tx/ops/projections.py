@@ -8,6 +8,7 @@ the same kernel.
 """
 
 from collections.abc import Callable
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 Rows = Float[Array, "M K"]
+Drawn = TypeVar("Drawn")
 
 
 def project(kind: str, key: Array, features: int, width: int) -> Rows:
@@ -124,3 +126,19 @@ PROJECTIONS: dict[str, Callable[[Array, int, int], Rows]] = {
 def seeded(seed: int) -> Array:
   """A key whose numbers no setting of JAX changes: a seed stands for its rows."""
   return jax.random.key(seed, impl="threefry2x32")
+
+
+def constant(make: Callable[[], Drawn]) -> Drawn:
+  """What `make` draws, arrays or None, as constants of the program that is traced.
+
+  In the program, factorisations of several layers at once wait for one another for ever
+  on a CPU of two cores (seen with JAX 0.10). Where several processes run the program,
+  whose constants cannot be read here, it is drawn in the program all the same.
+
+  Args:
+    make: of no traced value.
+  """
+  if jax.process_count() > 1:
+    return make()
+  with jax.ensure_compile_time_eval():
+    return jax.tree.map(lambda a: jnp.asarray(np.asarray(a)), make())

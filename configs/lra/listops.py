@@ -3,8 +3,9 @@ r"""Long ListOps, length 2,000, with the published settings.
 cached-tx lra train --config configs/lra/listops.py:bigbird --workdir DIR
 
 After the model: cached (a gated recurrent cache beside every attention), deep
-(6 layers, as in the experiments with caches of Zhang et al., 2024),
-smoke (a few small steps).
+(6 layers, as in the experiments with caches of Zhang et al., 2024), mini (2 layers of
+width 64, as in Xiong et al., 2021, arXiv:2102.03902, for machines without accelerators:
+the task is the same, the model is not), smoke (a few small steps).
 """
 
 from ml_collections import ConfigDict
@@ -16,17 +17,24 @@ ATTENTION = {  # options that differ from an attention's own defaults
   "bigbird": dict(block=64),
   "longformer": dict(window=512),
 }
+MEMORIES = {  # rows as segments, one after the other: cached_tx.memory
+  "xl": dict(kind="xl", size=128),
+  "compressive": dict(
+    kind="compressive", size=64, compressed=64, compressor="mean", loss="none"
+  ),
+}
 MODELS = (
   "transformer", "local", "sparse", "longformer", "linformer", "reformer", "sinkhorn",
-  "synthesizer", "bigbird", "linear", "performer",
+  "synthesizer", "bigbird", "linear", "performer", *MEMORIES,
 )  # fmt: skip
 
 
 def get_config(mode="transformer"):
   model, *words = mode.split(",")
-  if model not in MODELS or set(words) - {"cached", "deep", "smoke"}:
+  if model not in MODELS or set(words) - {"cached", "deep", "mini", "smoke"}:
     raise ValueError(
-      f"unknown mode {mode!r}: one of {', '.join(MODELS)}, then cached, deep, smoke"
+      f"unknown mode {mode!r}: one of {', '.join(MODELS)}, then cached, deep, mini, "
+      "smoke"
     )
   c = ConfigDict()
   c.seed = 0
@@ -53,6 +61,9 @@ def get_config(mode="transformer"):
   if model in ("linear", "performer"):
     c.model.attention_dropout = 0.0  # they have no weights that could be dropped
   c.attention = ConfigDict(ATTENTION.get(model, {}))
+  if model in MEMORIES:
+    c.model.update(dict(attention="recurrent", pool="mean", qkv=c.model.width))
+    c.attention = ConfigDict(dict(segment=128, memory=MEMORIES[model]))
   c.memory = ConfigDict(dict(kind="none"))
   c.optimizer = ConfigDict(
     dict(
@@ -74,6 +85,11 @@ def get_config(mode="transformer"):
     c.memory = ConfigDict(dict(kind="grc", cache="shared", size=0, ratio=0.5))
   if "deep" in words:
     c.model.layers = 6
+  if "mini" in words:
+    c.batch, c.steps, c.optimizer.warmup = 16, 600, 200
+    c.model.update(dict(layers=2, width=64, qkv=64, mlp=128, heads=2))
+    c.eval.update(dict(every=200, batch=50, examples=500))
+    c.save.every = 200
   if "smoke" in words:
     c.steps, c.batch, c.task.length = 4, 4, 64
     c.model.update(dict(layers=1, width=16, qkv=16, mlp=16, heads=2))

@@ -25,9 +25,15 @@ MODEL = {  # settings that were published for one model
   "sinkhorn": dict(layers=2, heads=4, width=32, qkv=16, mlp=64),
   "synthesizer": dict(layers=2, heads=4, width=64, qkv=32, mlp=64),
 }
+MEMORIES = {  # rows as segments, one after the other: cached_tx.memory
+  "xl": dict(kind="xl", size=128),
+  "compressive": dict(
+    kind="compressive", size=64, compressed=64, compressor="mean", loss="none"
+  ),
+}
 MODELS = (
   "transformer", "local", "sparse", "longformer", "linformer", "reformer", "sinkhorn",
-  "synthesizer", "bigbird", "linear", "performer",
+  "synthesizer", "bigbird", "linear", "performer", *MEMORIES,
 )  # fmt: skip
 
 
@@ -63,6 +69,9 @@ def get_config(mode="transformer"):
   if model in ("linear", "performer"):
     c.model.attention_dropout = 0.0  # they have no weights that could be dropped
   c.attention = ConfigDict(ATTENTION.get(model, {}))
+  if model in MEMORIES:
+    c.model.update(dict(attention="recurrent", pool="mean", qkv=c.model.width))
+    c.attention = ConfigDict(dict(segment=128, memory=MEMORIES[model]))
   c.memory = ConfigDict(dict(kind="none"))
   c.optimizer = ConfigDict(
     dict(

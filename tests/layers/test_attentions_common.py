@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.core import freeze
 
 from cached_tx.layers import GatedEncoderAttention
 from cached_tx.layers.attentions import ATTENTIONS
@@ -24,6 +25,7 @@ KINDS = {
   "bigbird": {"block": 2, "random": 1},
   "linear": {},
   "performer": {"features": 8, "projection": "iid"},
+  "recurrent": {"segment": 4, "memory": {"kind": "xl", "size": 3}},
   "linformer": {"max_len": 40, "rank": 3},
   "synthesizer": {"max_len": 40, "mode": "factorized_random"},
   "reformer": {"chunk": 4, "hashes": 2},
@@ -115,6 +117,7 @@ COSTS = {
   "bigbird": {"block": 32},
   "linear": {},
   "performer": {},
+  "recurrent": {"segment": 64, "memory": freeze({"kind": "xl", "size": 64})},
   "linformer": {"max_len": 8192},
   "reformer": {"chunk": 16},
   "sinkhorn": {"max_len": 8192, "block": 64},
@@ -202,7 +205,7 @@ def test_rows_longer_than_what_was_learned_are_refused(name):
 
 @EACH
 def test_parameters_have_logical_axes(name):
-  _, params = made(name, bias=True) if name != "linear" else made(name)
+  _, params = made(name, **{} if name in ("linear", "recurrent") else {"bias": True})
   boxes = jax.tree.leaves(params, is_leaf=lambda leaf: isinstance(leaf, nn.Partitioned))
   assert boxes
   assert all(isinstance(box, nn.LogicallyPartitioned) for box in boxes)
@@ -225,3 +228,31 @@ def test_serves_beside_a_cache(name):
   assert state.filled[0]
   assert np.isfinite(y).all()
   assert not y[1, 4:].any()
+
+
+def features_of(name, inner, x):
+  """Phi in float64, of vectors ... E: what a dense reader of the cache is made of."""
+  if name == "linear":
+    return np.where(x > 0, x + 1, np.exp(np.minimum(x, 0)))
+  rows = np.float64(inner._favor(x.shape[-1]).draw())
+  x = x * x.shape[-1] ** -0.25
+  return np.exp(x @ rows.T - (x**2).sum(axis=-1, keepdims=True) / 2)
+
+
+@pytest.mark.parametrize("name", ["linear", "performer"])
+def test_a_cache_is_read_by_the_same_features(name):
+  """Slots of which some hold nothing, beside a sum over all pairs in float64."""
+  E = 3
+  with precision("float64"):
+    inner = ATTENTIONS[name](H, K, **KINDS[name])
+    rng = np.random.default_rng(1)
+    q, k, v = (rng.normal(size=(2, n, H, E)) for n in (7, 5, 5))
+    shown = np.array([[1, 1, 0, 1, 1], [0, 1, 0, 0, 0]], bool)
+    read = jax.jit(inner.reader(E))
+    got = read(q * E**-0.5, k, v, shown[:, None])
+    a, b = (features_of(name, inner, x) for x in (q, k))
+    weights = np.einsum("blhm,bshm->blhs", a, b) * shown[:, None, None]
+    weights /= weights.sum(axis=-1, keepdims=True)
+    np.testing.assert_allclose(
+      got, np.einsum("blhs,bshk->blhk", weights, v), rtol=0, atol=1e-12
+    )

@@ -115,12 +115,14 @@ def prepare_task(task: Task, folder: str | os.PathLike, options: Options) -> dic
     return about
   home.parent.mkdir(parents=True, exist_ok=True)
   _clear(home.parent)
-  with tempfile.TemporaryDirectory(dir=home.parent, prefix=PART) as part:
-    with open(Path(part, LOCK), "w") as lock:
-      fcntl.flock(lock, fcntl.LOCK_EX)  # let go however this process ends
-      made = Path(part, "made")
-      about = _write(task, made, options, wanted)
-      settle(made, home)
+  with (
+    tempfile.TemporaryDirectory(dir=home.parent, prefix=PART) as part,
+    open(Path(part, LOCK), "w") as lock,
+  ):
+    fcntl.flock(lock, fcntl.LOCK_EX)  # let go however this process ends
+    made = Path(part, "made")
+    about = _write(task, made, options, wanted)
+    settle(made, home)
   return about
 
 

@@ -104,9 +104,8 @@ def whole(ids: Iterable[int]) -> bool:
     if i >= _FIRST_OPERATOR:
       operands.append(0)
       continue
-    if i == _END:
-      if len(operands) == 1 or not operands.pop():
-        return False
+    if i == _END and (len(operands) == 1 or not operands.pop()):
+      return False
     operands[-1] += 1
   return operands == [1]
 
@@ -221,7 +220,7 @@ def _apart(files: dict[str, Path]) -> Iterator[tuple[str, Iterator[Example]]]:
 
   def checked(file: Path) -> Iterator[Example]:
     for number, example in enumerate(read_tsv(file), 2):
-      key = hashlib.sha256(example.tokens[0]).digest()[:16]
+      key = hashlib.sha256(example.tokens[0].tobytes()).digest()[:16]
       first = known.setdefault(key, file.name)
       if first != file.name:
         raise ValueError(f"{file}, line {number}: the expression is in {first} too")

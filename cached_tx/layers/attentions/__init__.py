@@ -12,6 +12,7 @@ from cached_tx.layers.attentions.linformer import LinformerAttention
 from cached_tx.layers.attentions.local import LocalAttention
 from cached_tx.layers.attentions.longformer import LongformerAttention
 from cached_tx.layers.attentions.performer import PerformerAttention
+from cached_tx.layers.attentions.recurrent import RecurrentAttention
 from cached_tx.layers.attentions.reformer import ReformerAttention
 from cached_tx.layers.attentions.sinkhorn import SinkhornAttention
 from cached_tx.layers.attentions.sparse import SparseAttention
@@ -30,6 +31,7 @@ ATTENTIONS: dict[str, Any] = {
   "bigbird": BigBirdAttention,
   "linear": LinearAttention,
   "performer": PerformerAttention,
+  "recurrent": RecurrentAttention,
 }
 
 __all__ = ["ATTENTIONS", *(attention.__name__ for attention in ATTENTIONS.values())]

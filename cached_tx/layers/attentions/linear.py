@@ -1,9 +1,12 @@
 """Linear attention with elu(x) + 1: Katharopoulos et al., 2020, arXiv:2006.16236."""
 
+from collections.abc import Callable
+from functools import partial
+
 import flax.linen as nn
 import jax.numpy as jnp
 
-from cached_tx.layers.attentions.checks import no_weights
+from cached_tx.layers.attentions.checks import no_weights, read_by_features
 from cached_tx.layers.projections import ToHeads
 from cached_tx.ops.favor import favor_bidirectional
 from cached_tx.ops.features import FEATURES
@@ -15,7 +18,8 @@ class LinearAttention(nn.Module):
 
   phi(x) = elu(x) + 1 of queries and keys as they are, without a scale (equations 5 and
   7). Nothing is added to the denominator, which is positive. A row is one document:
-  `segment.starts` is not looked at. Time and memory are linear in L.
+  `segment.starts` is not looked at. Time and memory are linear in L, also beside a
+  cache, which is read the same way.
 
   Attributes:
     heads: H.
@@ -35,6 +39,14 @@ class LinearAttention(nn.Module):
   def check(self) -> None:
     """Raises ValueError, naming the option, where the settings do not fit."""
     no_weights(self.dropout)
+
+  @nn.nowrap
+  def reader(self, width: int) -> Callable[..., Heads]:
+    """How a cache beside it is read, in heads of `width`: by the same features.
+
+    Returns a kernel as of `GatedEncoderAttention`, whose queries are scaled.
+    """
+    return partial(read_by_features, "elu1", None, width**0.5, 1.0)
 
   @nn.compact
   def __call__(

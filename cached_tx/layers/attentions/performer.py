@@ -1,9 +1,12 @@
 """FAVOR+: Choromanski et al., 2021, arXiv:2009.14794."""
 
+from collections.abc import Callable
+from functools import partial
+
 import flax.linen as nn
 import jax.numpy as jnp
 
-from cached_tx.layers.attentions.checks import no_weights
+from cached_tx.layers.attentions.checks import no_weights, read_by_features
 from cached_tx.layers.favor import FavorEncoderAttention
 from cached_tx.layers.projections import ToHeads
 from cached_tx.ops.favor import favor_bidirectional
@@ -16,7 +19,8 @@ class PerformerAttention(nn.Module):
   """Softmax attention to all real tokens of a row, estimated by features; heads.
 
   `FavorEncoderAttention` of rows that are one document each (`segment.starts` is not
-  looked at), with a width of heads of its own. Time and memory are linear in L. The
+  looked at), with a width of heads of its own. Time and memory are linear in L, also
+  beside a cache, which is read the same way. The
   code of the Long Range Arena has kernel="relu", projection="none" by default.
 
   Attributes:
@@ -40,10 +44,10 @@ class PerformerAttention(nn.Module):
   dtype: DType = jnp.float32
 
   @nn.nowrap
-  def _favor(self) -> FavorEncoderAttention:
-    """What checks the options and draws the rows."""
+  def _favor(self, width: int = 0) -> FavorEncoderAttention:
+    """What checks the options and draws the rows, of heads of another width too."""
     return FavorEncoderAttention(
-      self.heads * self.head_width,
+      self.heads * (width or self.head_width),
       self.heads,
       self.features,
       self.kernel,
@@ -63,6 +67,15 @@ class PerformerAttention(nn.Module):
   def draw(self) -> Rows | None:
     """The rows, float32; None where features are made without."""
     return self._favor().draw()
+
+  @nn.nowrap
+  def reader(self, width: int) -> Callable[..., Heads]:
+    """How a cache beside it is read, in heads of `width`: by features too.
+
+    Returns a kernel as of `GatedEncoderAttention`, whose queries are scaled.
+    """
+    rows = self._favor(width).draw()
+    return partial(read_by_features, self.kernel, rows, width**0.25, width**-0.25)
 
   @nn.compact
   def __call__(
