@@ -1,8 +1,12 @@
 """The Long Range Arena's benchmark: what it times, on small pieces."""
 
-import numpy as np
+import json
+import sys
 
-from benchmarks import lra
+import numpy as np
+import pytest
+
+from benchmarks import lra, lra_results
 from cached_tx.lra import table
 
 
@@ -27,3 +31,53 @@ def test_records_make_a_table():
   rows = table.relative([base, *found])
   own = next(row for row in rows if row["model"] == "linear")
   np.testing.assert_allclose(own["speedup"], found[0]["steps_per_second"])
+
+
+def test_variants_are_other_programs():
+  """Scores of all pairs need memory that blocks do not."""
+  blocks, dense = (
+    lra.Attention(name, 512, 1).peak for name in ("transformer", "transformer-dense")
+  )
+  assert dense > blocks + 4 * 512**2 * 4
+
+
+def test_a_cached_run_and_a_bare_one_for_every_seed_of_the_plan():
+  runs = list(lra_results.planned(["listops", "text_demo"], [0, 1]))
+  assert len(runs) == len(set(runs)) == 2 * 2 * 2 * len(lra_results.FIVE)
+  assert [run.seed for run in runs] == [0] * 20 + [1] * 20
+  assert len({run.name for run in runs}) == len(runs)
+
+
+def test_runs_are_trained_once_and_recorded(tmp_path, monkeypatch, capsys):
+  """By the real command, in small; a second call does nothing."""
+  suite = lra_results.Suite("text_demo", "text_demo", ("smoke",), models=("linear",))
+  file = tmp_path / "results.jsonl"
+  monkeypatch.setattr(lra_results, "SUITES", {"tiny": suite})
+  monkeypatch.setattr(lra_results, "FILE", file)
+  monkeypatch.setattr(lra_results, "describe", lambda: {"commit": "none"})
+  folder, data = tmp_path / "runs", tmp_path / "data"
+  argv = ["lra_results", "--runs", str(folder), "--data", str(data), "--jobs", "1"]
+  monkeypatch.setattr(sys, "argv", argv)
+  lra_results.main()
+  records = [json.loads(line) for line in file.read_text().splitlines()]
+  assert [(r["run"], r["cached"]) for r in records] == [
+    ("tiny/linear/0", False),
+    ("tiny/linear-cached/0", True),
+  ]
+  assert all(r["steps"] == 4 and r["commit"] == "none" for r in records)
+  assert len(table.summary(table.results(file))) == 2
+  before = file.read_text()
+  capsys.readouterr()
+  lra_results.main()
+  assert file.read_text() == before
+  assert capsys.readouterr().out.split() == [
+    "done", "tiny/linear/0", "done", "tiny/linear-cached/0",
+  ]  # fmt: skip
+
+
+def test_a_failed_run_names_its_log(tmp_path):
+  run = lra_results.Run("listops", "linear", False, 0)
+  with pytest.raises(RuntimeError, match=r"listops/linear/0 failed .*log\.txt"):
+    lra_results.trained(run, tmp_path, tmp_path / "nothing", 0)
+  log = (tmp_path / run.name / "log.txt").read_text()
+  assert "cached-tx lra prepare --task listops" in log

@@ -35,7 +35,7 @@ def data(tmp_path_factory):
   with pytest.MonkeyPatch.context() as patch:
     from cached_tx.data.lra import TASKS, prepare
 
-    task = task._replace(splits=lambda options: listops._made(few, options))
+    task = task._replace(splits=lambda options: listops._made(few, options), pinned={})
     patch.setitem(TASKS, "listops_small", task)
     prepare("listops_small", folder, processes=1)
   return folder

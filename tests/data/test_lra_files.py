@@ -137,7 +137,31 @@ def test_validation_of_text_is_carved_by_seed_and_name(tmp_path):
   names = lambda **o: [read(r) for r in rows("text", tmp_path, **o)["validation"]]
   assert names() == names(seed=0) != names(seed=1)
   many = [f"train/{c}/{i}_8.txt" for c in ("pos", "neg") for i in range(12500)]
-  assert sum(text.carved(name, 0) for name in many) == 2495
+  assert sum(text.carved(text.Review(name, 1, ""), 0) for name in many) == 2495
+
+
+def test_reviews_of_a_film_are_in_one_split(tmp_path, caplog):
+  """Five reviews each; a film has good and bad ones."""
+  write_imdb(tmp_path)
+  film = lambda i: f"http://films/{i // 5}/usercomments"
+  for part in ("train", "test"):
+    for name in ("pos", "neg"):
+      lines = "".join(film(i) + "\n" for i in range(60))
+      (tmp_path / part / f"urls_{name}.txt").write_text(lines)
+  with caplog.at_level(logging.WARNING):
+    splits = rows("text", tmp_path)
+  assert "of one film" not in caplog.text
+  seen = {
+    split: {film(int(read(row).split()[2])) for row in splits[split]}
+    for split in ("train", "validation")
+  }
+  assert seen["validation"] and not seen["train"] & seen["validation"]
+  (tmp_path / "train" / "urls_pos.txt").write_text(film(0))
+  refused("text", tmp_path, tmp_path, r"urls_pos\.txt has 1 lines, no 59")
+  (tmp_path / "train" / "urls_pos.txt").unlink()
+  with caplog.at_level(logging.WARNING):
+    rows("text", tmp_path)
+  assert "reviews of one film may be in train" in caplog.text
 
 
 def test_official_validation_is_the_test_set(tmp_path):

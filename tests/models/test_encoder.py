@@ -1,6 +1,7 @@
 """Encoders that classify: padding, pairs, caches, and the sizes that were published."""
 
 import importlib.util
+import itertools
 from pathlib import Path
 
 import jax
@@ -132,6 +133,17 @@ def test_every_parameter_learns():
   slopes = jax.jit(jax.grad(loss))(params)
   for path, slope in jax.tree_util.tree_leaves_with_path(slopes):
     assert np.abs(slope).max() > 0, path
+
+
+def test_many_layers_draw_their_rows():
+  """In one program, their factorisations waited for one another for ever."""
+  model = toy("performer", layers=6, options={"features": 64})
+  tokens, mask = inputs(model)
+  params = params_of(model)
+  logits, _ = jax.jit(model.apply)({"params": params}, tokens, mask, ())
+  assert np.isfinite(logits).all()
+  rows = [np.asarray(layer.draw()) for layer in model.attentions()]
+  assert all(np.abs(a - b).max() > 0.1 for a, b in itertools.combinations(rows, 2))
 
 
 def test_positions():

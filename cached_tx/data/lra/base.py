@@ -1,6 +1,6 @@
 """What a task of the Long Range Arena is, and its examples once they are prepared."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -52,6 +52,8 @@ class Task(NamedTuple):
       overlap. They are read once, in order, one split after the other.
     inputs: rows of an example, 1 or 2.
     needs: whether `Options.source` must be given.
+    pinned: SHA-256 of splits, as of `Examples.about`, at seed 0; of data that whole
+      numbers alone make, the same everywhere.
   """
 
   name: str
@@ -62,6 +64,7 @@ class Task(NamedTuple):
   splits: Callable[[Options], dict[str, Iterable[Example]]]
   inputs: int = 1
   needs: bool = False
+  pinned: Mapping[str, str] = {}
 
   @property
   def dtype(self) -> np.dtype:

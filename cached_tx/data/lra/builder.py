@@ -92,8 +92,8 @@ def prepare_task(task: Task, folder: str | os.PathLike, options: Options) -> dic
     What about.json says: the options, and of each split as of `Examples.about`.
 
   Raises:
-    ValueError: the task was prepared otherwise, or the original data are damaged;
-      nothing is left behind.
+    ValueError: the task was prepared otherwise, the original data are damaged, or what
+      was made is not what it is elsewhere; nothing is left behind.
     FileNotFoundError: original data are missing.
   """
   if task.needs and options.source is None:
@@ -147,9 +147,20 @@ def _write(task: Task, home: Path, options: Options, wanted: dict[str, Any]) -> 
   )
   with contextlib.redirect_stdout(None):  # TFDS prints that it downloads
     writer.download_and_prepare(download_config=config)
+  _check_pins(task, options, writer.about)
   about = {"task": task.name, "options": wanted, **writer.about}
   (home / ABOUT).write_text(json.dumps(about, indent=2) + "\n")
   return about
+
+
+def _check_pins(task: Task, options: Options, about: dict[str, Any]) -> None:
+  for split, digest in task.pinned.items():
+    found = about[split]["sha256"]
+    if options.seed == 0 and found != digest:
+      raise ValueError(
+        f"{task.name} {split} was made with SHA-256 {found}, but has {digest} elsewhere:"
+        " this Python draws other numbers, and results on them could not be compared"
+      )
 
 
 def read_about(task: Task, folder: str | os.PathLike) -> dict[str, Any]:

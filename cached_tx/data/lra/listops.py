@@ -237,6 +237,11 @@ LISTOPS = Task(
   length=2000,
   source="made here by the published rules, seeded",
   splits=partial(_made, LONG),
+  pinned={
+    "train": "a6f9254e63a52875c1d3c09adec2eba499e0bea04e8e848f95f245c80e7c6d58",
+    "validation": "2dcd4e17ea2d7c720538d6249c5dd75c2f3ac894fc8a505824f464cc354f6cbc",
+    "test": "3597ca41d5b5ed85552abb8fd5b056ef399767431c50244e44014724b511c6c5",
+  },
 )
 LISTOPS_SMALL = Task(
   name="listops_small",
@@ -245,6 +250,11 @@ LISTOPS_SMALL = Task(
   length=200,
   source="made here: shorter expressions; not the benchmark",
   splits=partial(_made, SMALL),
+  pinned={
+    "train": "ef4ddb0cae5db2055e5a64eefa87f0fe4f88e50c595fa47616e413c99b780194",
+    "validation": "481eacc617c8a435142f50dd6ece8302fcaf3699b88b8c1bc609577703022e91",
+    "test": "be396f50e499e12add46b57f23ac8aadb53ea18aa97701c99b5377665339b84f",
+  },
 )
 LISTOPS_ARCHIVE = Task(
   name="listops_archive",

@@ -5,8 +5,9 @@ so on, 12,500 reviews in each of train/pos, train/neg, test/pos and test/neg. Id
 bytes + 1; 0 is padding.
 
 The published benchmark has no validation split of its own: it validates on the test
-set. `text` carves one out of the training set; `text_official` does as published, and
-what is selected on its validation split is selected on the test set.
+set. `text` carves one out of the training set, film by film: a film has up to 30
+reviews. `text_official` does as published, and what is selected on its validation split
+is selected on the test set.
 """
 
 import hashlib
@@ -15,6 +16,7 @@ import re
 from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import UInt16
@@ -34,16 +36,36 @@ def byte_ids(text: bytes) -> UInt16[np.ndarray, "L"]:
   return np.frombuffer(text, np.uint8).astype(np.uint16) + np.uint16(1)
 
 
-def reviews(folder: Path, part: str) -> list[tuple[str, int]]:
-  """The files of a part, train or test: relative paths, sorted by number, and labels.
+class Review(NamedTuple):
+  """A file.
+
+  Attributes:
+    path: relative.
+    label: its class.
+    film: the address of the film's reviews; "" where the set does not say.
+  """
+
+  path: str
+  label: int
+  film: str
+
+
+def films(folder: Path, part: str, name: str) -> list[str]:
+  """The films of a part and a class, by the number of the review; [] where unknown."""
+  file = folder / part / f"urls_{name}.txt"
+  return file.read_text("utf-8").split() if file.is_file() else []
+
+
+def reviews(folder: Path, part: str) -> list[Review]:
+  """The files of a part, train or test, sorted by number.
 
   Raises:
     FileNotFoundError: a folder is missing.
     ValueError: naming a file that does not belong where it is.
   """
-  found: list[tuple[int, str, int]] = []
+  found: list[tuple[int, Review]] = []
   for label, name in enumerate(CLASSES):
-    home = folder / part / name
+    home, of = folder / part / name, films(folder, part, name)
     if not home.is_dir():
       raise FileNotFoundError(
         f"{home} is missing: --source is the folder aclImdb of aclImdb_v1.tar.gz, with "
@@ -55,7 +77,11 @@ def reviews(folder: Path, part: str) -> list[tuple[str, int]]:
         raise ValueError(f"{file} is no review: their names are like 123_9.txt")
       if (int(match[1]) > 5) != bool(label):
         raise ValueError(f"{file}: a rating of {match[1]} of 10 is not {name}")
-      found.append((int(file.stem.split("_")[0]), f"{part}/{name}/{file.name}", label))
+      number = int(file.stem.split("_")[0])
+      if of and number >= len(of):
+        raise ValueError(f"{home}: urls_{name}.txt has {len(of)} lines, no {number}")
+      film = of[number] if of else ""
+      found.append((number, Review(f"{part}/{name}/{file.name}", label, film)))
   if len(found) != OFFICIAL:
     log.warning(
       "%s has %d reviews, the official set %d: results cannot be compared with "
@@ -64,20 +90,21 @@ def reviews(folder: Path, part: str) -> list[tuple[str, int]]:
       len(found),
       OFFICIAL,
     )
-  return [(path, label) for _, path, label in sorted(found)]
+  return [review for _, review in sorted(found)]
 
 
-def carved(path: str, seed: int) -> bool:
-  """Says whether a training file is in the validation split: one in ten, by its name.
+def carved(review: Review, seed: int) -> bool:
+  """Says whether a training file is in the validation split: one film in ten.
 
-  SHA-256 of seed and relative path, modulo 10.
+  SHA-256 of seed and film, modulo 10; of seed and relative path where no file of the
+  set names films.
   """
-  digest = hashlib.sha256(f"{seed} {path}".encode()).digest()
+  digest = hashlib.sha256(f"{seed} {review.film or review.path}".encode()).digest()
   return int.from_bytes(digest[:8], "big") % 10 == 0
 
 
-def _read(folder: Path, files: list[tuple[str, int]]) -> Iterator[Example]:
-  for path, label in files:
+def _read(folder: Path, files: list[Review]) -> Iterator[Example]:
+  for path, label, _ in files:
     text = (folder / path).read_bytes()
     if not text:
       raise ValueError(f"{folder / path} is empty")
@@ -91,8 +118,14 @@ def _splits(official: bool, options: Options) -> dict[str, Iterable[Example]]:
   train, test = reviews(folder, "train"), reviews(folder, "test")
   validation = test
   if not official:
-    validation = [file for file in train if carved(file[0], options.seed)]
-    train = [file for file in train if not carved(file[0], options.seed)]
+    if not all(review.film for review in train):
+      log.warning(
+        "%s has no urls_pos.txt and urls_neg.txt: reviews of one film may be in train "
+        "and in validation",
+        folder / "train",
+      )
+    validation = [file for file in train if carved(file, options.seed)]
+    train = [file for file in train if not carved(file, options.seed)]
   files = {"train": train, "validation": validation, "test": test}
   return {split: _read(folder, some) for split, some in files.items()}
 
@@ -103,7 +136,7 @@ TEXT = Task(
   classes=2,
   length=4000,
   source="the folder aclImdb of https://ai.stanford.edu/~amaas/data/sentiment/"
-  "aclImdb_v1.tar.gz; a tenth of train is the validation split",
+  "aclImdb_v1.tar.gz; a tenth of the films of train is the validation split",
   splits=partial(_splits, False),
   needs=True,
 )
