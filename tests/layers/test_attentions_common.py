@@ -131,6 +131,15 @@ def test_memory_grows_with_the_number_of_tokens(name):
   assert many < 4.4 * few
 
 
+def test_sparse_memory_grows_as_the_power_of_three_halves():
+  """Where blocks grow as the root of the length: four times as long, eight times."""
+  few, many = (
+    temporary("sparse", length, max_len=length, block=0, summary=2)
+    for length in (1024, 4096)
+  )
+  assert many < 8.8 * few
+
+
 def test_the_measure_sees_squares():
   """A Synthesizer's random table is of all pairs."""
   few, many = (

@@ -158,7 +158,7 @@ def _check_pins(task: Task, options: Options, about: dict[str, Any]) -> None:
     found = about[split]["sha256"]
     if options.seed == 0 and found != digest:
       raise ValueError(
-        f"{task.name} {split} was made with SHA-256 {found}, but has {digest} elsewhere:"
+        f"{task.name} {split} was made with SHA-256 {found}, but is {digest} elsewhere:"
         " this Python draws other numbers, and results on them could not be compared"
       )
 
