@@ -58,7 +58,7 @@ class Suite(NamedTuple):
 # Sized for two cores and the time that docs/lra.md says.
 SUITES = {
   "listops": Suite("listops", "listops", ("mini",)),
-  "text_demo": Suite("text_demo", "text_demo", changes=SHORT),
+  "text_demo": Suite("text_demo", "text_demo", changes=(*SHORT, "optimizer.rate=0.02")),
   "image_demo": Suite("image_demo", "image_demo", changes=SHORT),
   "pathfinder32": Suite(
     "pathfinder32",
