@@ -3,6 +3,7 @@
 python -m benchmarks.lra                                     all models, 1,024 to 4,096
 python -m benchmarks.lra --models transformer,performer --lengths 1024,4096
 python -m benchmarks.lra --pass attention --lengths 1024,4096,16384   one layer alone
+python -m benchmarks.lra --growth                        exponents of what that left
 python -m benchmarks.lra --models transformer-dense,sparse-root      other options
 
 The model is that of configs/lra/text.py, the rows are random bytes, without padding; a
@@ -17,6 +18,7 @@ import argparse
 import importlib.util
 import statistics
 import time
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -24,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.machine import ROOT, describe
-from benchmarks.records import RESULTS, append
+from benchmarks.records import RESULTS, append, lines
 from benchmarks.timing import matmul_rate
 from cached_tx.data.lra import ClassBatch
 from cached_tx.layers.attentions import ATTENTIONS
@@ -160,6 +162,50 @@ def measure(
   ]
 
 
+def growth(records: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+  """How time and memory of one layer grow with the length, by model.
+
+  Args:
+    records: of the pass "attention"; of equal model and length the last counts.
+
+  Returns:
+    Of each model "lengths", "seconds" and "bytes" (in the order of lengths), and the
+    exponents "time" and "memory": slopes of the logarithms by least squares.
+  """
+  newest: dict[str, dict[int, dict[str, Any]]] = {}
+  for record in records:
+    newest.setdefault(record["model"], {})[record["length"]] = record
+  found = {}
+  for model, by_length in newest.items():
+    lengths = sorted(by_length)
+    own = [by_length[length] for length in lengths]
+    seconds = [1 / record["steps_per_second"] for record in own]
+    peaks = [record["peak_bytes"] for record in own]
+    fit = lambda values, at=lengths: np.polyfit(np.log(at), np.log(values), 1)
+    found[model] = {
+      "lengths": lengths,
+      "seconds": seconds,
+      "bytes": peaks,
+      "time": float(fit(seconds)[0]),
+      "memory": float(fit(peaks)[0]),
+    }
+  return found
+
+
+def growth_markdown(found: dict[str, dict[str, Any]]) -> str:
+  """The table of docs/lra.md."""
+  lengths = sorted({n for own in found.values() for n in own["lengths"]})
+  names = [f"{n:,}" for n in lengths]
+  rows = ["| attention | " + " | ".join(names) + " | time grows as | memory as |"]
+  rows.append("|---|" + "---|" * (len(lengths) + 2))
+  for model, own in found.items():
+    at = dict(zip(own["lengths"], own["seconds"], strict=True))
+    cells = [f"{1000 * at[n]:,.0f}" if n in at else "-" for n in lengths]
+    cells += [f"L^{own['time']:.2f}", f"L^{own['memory']:.2f}"]
+    rows.append(f"| {model} | " + " | ".join(cells) + " |")
+  return "\n".join(rows)
+
+
 def main() -> None:
   """Runs what the command line asks for."""
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -169,7 +215,12 @@ def main() -> None:
   parser.add_argument("--batch", type=int, default=1)
   parser.add_argument("--rounds", type=int, default=3)
   parser.add_argument("--pass", dest="what", default="step", choices=FILES)
+  text = "print how measured time and memory of one layer grow; measure nothing"
+  parser.add_argument("--growth", action="store_true", help=text)
   given = parser.parse_args()
+  if given.growth:
+    print(growth_markdown(growth(lines(RESULTS / FILES["attention"]))))
+    return
   names = given.models.split(",")
   known = (*MODELS, "xl", "compressive", *VARIANTS)
   unknown = [name for name in names if name not in known]

@@ -41,6 +41,24 @@ def test_variants_are_other_programs():
   assert dense > blocks + 4 * 512**2 * 4
 
 
+def test_growth_is_the_slope_of_logarithms():
+  records = [
+    {
+      "model": m,
+      "length": n,
+      "steps_per_second": 1e6 / n**p,
+      "peak_bytes": n ** (p - 1),
+    }
+    for m, p in (("local", 1.0), ("transformer", 2.0))
+    for n in (1024, 2048, 8192)
+  ]
+  found = lra.growth(records)
+  powers = [found[m][kind] for m in found for kind in ("time", "memory")]
+  np.testing.assert_allclose(powers, (1, 0, 2, 1), atol=1e-9)
+  table = lra.growth_markdown(found)
+  assert "| transformer | 1,049 | 4,194 | 67,109 | L^2.00 | L^1.00 |" in table
+
+
 def test_a_cached_run_and_a_bare_one_for_every_seed_of_the_plan():
   runs = list(lra_results.planned(["listops", "text_demo"], [0, 1]))
   assert len(runs) == len(set(runs)) == 2 * 2 * 2 * len(lra_results.FIVE)

@@ -1,8 +1,8 @@
 """Numbers that were published, to stand beside one's own.
 
 Table 1 of Tay et al., 2021, arXiv:2011.04006 (accuracy in %; Path-X: none learned it),
-and its efficiency table (byte-level text, batch 32, 16 TPU v3 cores). docs/lra.md says
-what each of these models really computed.
+and its efficiency table (byte-level text, batch 32, 4 x 4 TPU v3 chips). docs/lra.md
+says what each of these models really computed.
 """
 
 TASKS = ("listops", "text", "retrieval", "image", "pathfinder32")
