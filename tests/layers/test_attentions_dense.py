@@ -11,6 +11,7 @@ import pytest
 
 from cached_tx.layers.attentions import ATTENTIONS
 from cached_tx.ops.bigbird import priorities
+from cached_tx.ops import fixed
 from cached_tx.types import Segment
 from tests.kinds import precision
 from tests.reference import long_range
@@ -205,3 +206,11 @@ def test_outputs_and_gradients_equal_the_definition(case):
 @pytest.mark.parametrize("name", ONE)
 def test_float32_is_near_the_definition(name):
   assert max(compared(CASES[name], "float32", holes=False)) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["sparse", "sparse, causal"])
+def test_sparse_attention_of_a_few_blocks_at_a_time(name, monkeypatch):
+  """As rows of more than 512 tokens are: groups of 10 queries here, the last short."""
+  monkeypatch.setattr(fixed, "QUERIES", 10)
+  for holes in (False, True):
+    assert max(compared(CASES[name], "float64", holes)) < 1e-12
