@@ -45,7 +45,7 @@ format: $(READY) ## put the code into its form
 	$(PY) -m ruff check --fix-only .
 	$(PY) -m ruff format .
 
-bench: $(READY) ## run a benchmark: BENCH=memories (if not said), xl_speed, profile, recall, features, attention, streaming, lra or favor_gpu
+bench: $(READY) ## run a benchmark: BENCH=memories (if not said), xl_speed, profile, recall, features, attention, streaming, lra, lra_results or favor_gpu
 	$(PY) -m benchmarks.$(BENCH) $(ARGS)
 
 # Both locks hold for every supported Python and for Linux and macOS, by markers.
