@@ -40,6 +40,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
   "transformer-dense": {"kernel": "dense"},  # scores of all pairs, as published
   "sparse-root": {"block": 0},  # blocks of the length's root, as in its paper
 }
+NAMES = {name: f"recurrent-{name}" for name in ("xl", "compressive")}  # in results
 MODELS = tuple(name for name in ATTENTIONS if name != "recurrent")
 LENGTHS = (1024, 2048, 3072, 4096)
 FILES = {"step": "lra.jsonl", "attention": "lra_attention.jsonl"}
@@ -102,11 +103,17 @@ class Attention:
   def __init__(self, name: str, length: int, batch: int):
     own = experiment(name, length, batch).model
     layer, width = own.attentions()[0], own.width
-    segment = Segment(jnp.zeros((batch, length), bool))
+    given: tuple[Any, ...] = (Segment(jnp.zeros((batch, length), bool)),)
+    if own.memory is not None:
+      given = (layer.initial_state(), *given)
     x = jax.random.normal(jax.random.key(0), (batch, length, width))
-    make = jax.jit(lambda key: layer.init(key, x, segment))
+    make = jax.jit(lambda key: layer.init(key, x, *given))
     params = sharding.unboxed(make(jax.random.key(1)))
-    total = lambda params, x: (layer.apply(params, x, segment) ** 2).sum()
+
+    def total(params: Any, x: Any) -> Any:
+      found = layer.apply(params, x, *given)
+      return ((found if own.memory is None else found[0]) ** 2).sum()
+
     self._args = params, x
     slope = jax.jit(jax.grad(total, argnums=(0, 1)))
     self._run = slope.lower(*self._args).compile()
@@ -149,7 +156,7 @@ def measure(
   return [
     {
       "pass": what,
-      "model": name.partition(",")[0],
+      "model": NAMES.get(name.partition(",")[0], name.partition(",")[0]),
       "cached": name.endswith(",cached"),
       "length": length,
       "batch": batch,
@@ -174,7 +181,8 @@ def growth(records: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:
   """
   newest: dict[str, dict[int, dict[str, Any]]] = {}
   for record in records:
-    newest.setdefault(record["model"], {})[record["length"]] = record
+    name = record["model"] + (" + cache" if record["cached"] else "")
+    newest.setdefault(name, {})[record["length"]] = record
   found = {}
   for model, by_length in newest.items():
     lengths = sorted(by_length)
@@ -222,7 +230,7 @@ def main() -> None:
     print(growth_markdown(growth(lines(RESULTS / FILES["attention"]))))
     return
   names = given.models.split(",")
-  known = (*MODELS, "xl", "compressive", *VARIANTS)
+  known = (*MODELS, *NAMES, *VARIANTS)
   unknown = [name for name in names if name not in known]
   if unknown:
     parser.error(f"--models has {unknown[0]!r}; there are {', '.join(known)}")

@@ -1,7 +1,7 @@
 """Accuracies on the Long Range Arena at equal steps: real runs, and many of them.
 
 python -m benchmarks.lra_results                          all suites, seed 0
-python -m benchmarks.lra_results --suites listops --seeds 0,1 --jobs 4
+python -m benchmarks.lra_results --suites listops --seeds 0,1 --jobs 1
 python -m benchmarks.lra_results --list
 
 Every run is `cached-tx lra train` in a process of its own, on one core; as many work at
@@ -90,15 +90,23 @@ class Run(NamedTuple):
     """For people, and for its folder."""
     return f"{self.suite}/{self.model}{'-cached' * self.cached}/{self.seed}"
 
+  @property
+  def asked(self) -> list[str]:
+    """The mode of the config, and what is changed in it."""
+    suite = SUITES[self.suite]
+    mode = ",".join([self.model, *["cached"] * self.cached, *suite.words])
+    return [mode, *suite.changes]
+
   def command(self, folder: Path, data: Path) -> list[str]:
     """What trains and evaluates it."""
     suite = SUITES[self.suite]
-    mode = ",".join([self.model, *["cached"] * self.cached, *suite.words])
-    changes = (*suite.changes, f"task.path={data}", f"seed={self.seed}")
+    mode, *changes = self.asked
     return [
       *(sys.executable, "-m", "cached_tx.main", "lra", "train"),
       f"--config={ROOT / 'configs/lra' / suite.config}.py:{mode}",
       *(f"--config.{change}" for change in changes),
+      f"--config.task.path={data}",
+      f"--config.seed={self.seed}",
       f"--workdir={folder / self.name}",
       "--distributed=off",
     ]
@@ -122,7 +130,7 @@ def prepared(tasks: set[str], data: Path) -> None:
 
 
 def trained(run: Run, folder: Path, data: Path, core: int) -> float:
-  """Trains on one core, with its own log; returns seconds of this call.
+  """Trains on one core, with its own log; returns seconds of all calls so far.
 
   Raises:
     RuntimeError: it failed; names the log.
@@ -133,25 +141,24 @@ def trained(run: Run, folder: Path, data: Path, core: int) -> float:
   with open(home / "log.txt", "a") as log:
     # The threads of XLA are as many as the cores that a process may use.
     done = subprocess.run(
-      [*_pinned(core), *run.command(folder, data)],
+      ["taskset", "--cpu-list", str(core), *run.command(folder, data)],
       cwd=ROOT,
       env=os.environ | {"JAX_PLATFORMS": "cpu"},
       stdout=log,
       stderr=subprocess.STDOUT,
       check=False,
     )
+  with open(home / "seconds.txt", "a") as calls:
+    calls.write(f"{time.perf_counter() - begin}\n")
   if done.returncode:
     raise RuntimeError(f"{run.name} failed ({done.returncode}): see {home / 'log.txt'}")
-  return time.perf_counter() - begin
-
-
-def _pinned(core: int) -> list[str]:
-  return ["taskset", "--cpu-list", str(core)] if shutil.which("taskset") else []
+  return sum(map(float, (home / "seconds.txt").read_text().split()))
 
 
 def recorded(run: Run) -> bool:
-  """Whether a line of the results is this run."""
-  return any(record["run"] == run.name for record in lines(FILE))
+  """Whether a line of the results is this run, asked for as it is now."""
+  own = run.name, run.asked
+  return any((record["run"], record["asked"]) == own for record in lines(FILE))
 
 
 def main() -> None:
@@ -173,10 +180,15 @@ def main() -> None:
     print(f"{'left' if run in left else 'done'}  {run.name}")
   if given.list or not left:
     return
+  cores = sorted(os.sched_getaffinity(0))
+  if not 0 <= given.jobs <= len(cores):
+    parser.error(f"--jobs is {given.jobs}; there are {len(cores)} cores")
+  if not shutil.which("taskset"):
+    parser.error("taskset (of util-linux), which keeps a run on its core, is missing")
   folder, data = Path(given.runs).absolute(), Path(given.data).absolute()
   about = describe()
   prepared({SUITES[run.suite].task for run in left}, data)
-  cores = sorted(os.sched_getaffinity(0))[: given.jobs or None]
+  cores = cores[: given.jobs or None]
   free: queue.Queue[int] = queue.Queue()
   for core in cores:
     free.put(core)
@@ -188,7 +200,7 @@ def main() -> None:
     finally:
       free.put(core)
     found: dict[str, Any] = json.loads((folder / run.name / "result.json").read_text())
-    note = {"run": run.name, "seconds": seconds, "cores_used": 1}
+    note = {"run": run.name, "asked": run.asked, "seconds": seconds, "cores_used": 1}
     append(FILE, found | note | about)
     percent = 100 * found["accuracy"]
     print(f"{run.name}: {percent:.2f} % in {seconds / 60:.1f} minutes", flush=True)

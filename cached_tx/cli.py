@@ -37,13 +37,21 @@ class Command(NamedTuple):
   run: Callable[[Any], int | None]
 
 
-def config_flag(values: flags.FlagValues, argv: list[str]) -> None:
-  """--config, and a flag for each of its keys."""
+def config_flag(
+  values: flags.FlagValues, argv: list[str], *, more: bool = False
+) -> None:
+  """--config, and a flag for each of its keys; with `more`, for keys it lacks too."""
   from ml_collections import config_flags
 
   text = "configs/FILE.py[:variant]; change a key with --config.model.width=256"
   config_flags.DEFINE_config_file(
-    "config", None, text, flag_values=values, sys_argv=argv
+    "config",
+    None,
+    text,
+    flag_values=values,
+    sys_argv=argv,
+    lock_config=not more,
+    accept_new_attributes=more,
   )
 
 

@@ -33,6 +33,12 @@ def test_records_make_a_table():
   np.testing.assert_allclose(own["speedup"], found[0]["steps_per_second"])
 
 
+def test_a_layer_beside_a_cache_costs_more():
+  """It reads as many slots as the row has tokens."""
+  bare, cached = (lra.Attention(name, 64, 1) for name in ("local", "local,cached"))
+  assert cached.peak > bare.peak and cached.seconds() > 0
+
+
 def test_variants_are_other_programs():
   """Scores of all pairs need memory that blocks do not."""
   blocks, dense = (
@@ -45,6 +51,7 @@ def test_growth_is_the_slope_of_logarithms():
   records = [
     {
       "model": m,
+      "cached": False,
       "length": n,
       "steps_per_second": 1e6 / n**p,
       "peak_bytes": n ** (p - 1),
@@ -84,6 +91,8 @@ def test_runs_are_trained_once_and_recorded(tmp_path, monkeypatch, capsys):
   ]
   assert all(r["steps"] == 4 and r["commit"] == "none" for r in records)
   assert len(table.summary(table.results(file))) == 2
+  assert [r["asked"] for r in records] == [["linear,smoke"], ["linear,cached,smoke"]]
+  assert all(r["seconds"] > 0 for r in records)
   before = file.read_text()
   capsys.readouterr()
   lra_results.main()
@@ -91,6 +100,9 @@ def test_runs_are_trained_once_and_recorded(tmp_path, monkeypatch, capsys):
   assert capsys.readouterr().out.split() == [
     "done", "tiny/linear/0", "done", "tiny/linear-cached/0",
   ]  # fmt: skip
+  other = suite._replace(changes=("steps=5",))
+  monkeypatch.setattr(lra_results, "SUITES", {"tiny": other})
+  assert not any(map(lra_results.recorded, lra_results.planned(["tiny"], [0])))
 
 
 def test_a_failed_run_names_its_log(tmp_path):

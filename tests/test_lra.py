@@ -79,8 +79,8 @@ def test_the_number_is_of_all_of_the_test_split(run, data):
   assert found["examples"] == 13 and found["split"] == "test" and found["cached"]
   assert json.loads((run / "result.json").read_text()) == found
   experiment = LraExperiment.of(run)
-  params, memory, step = experiment.restore(run)
-  assert step == found["step"] and any(own.filled.all() for own in memory)
+  params, memory, chosen = experiment.restore(run)
+  assert chosen.step == found["step"] and any(own.filled.all() for own in memory)
   rows = examples("listops_small", "test", data)
   right = 0
   model = jax.jit(lambda t, m: experiment.model.apply({"params": params}, t, m, memory))
@@ -90,6 +90,43 @@ def test_the_number_is_of_all_of_the_test_split(run, data):
   assert found["accuracy"] == right / 13
   labels = [e.label for e in rows]
   assert found["majority"] == max(map(labels.count, labels)) / 13
+
+
+def test_an_unfinished_run_has_no_result(data, tmp_path):
+  """Nor does one that was evaluated at a step that was named."""
+  train(toy(data, "transformer", steps=2), tmp_path)
+  stored = json.loads((tmp_path / "config.json").read_text())
+  (tmp_path / "config.json").write_text(json.dumps(stored | {"steps": 6}))
+  found = evaluate(tmp_path)
+  assert (found["trained"], found["steps"]) == (2, 6)
+  assert not (tmp_path / "result.json").exists()
+  (tmp_path / "config.json").write_text(json.dumps(stored))
+  assert evaluate(tmp_path, step=2)["chosen"] == "step"
+  assert not (tmp_path / "result.json").exists()
+  assert evaluate(tmp_path)["chosen"] == "validation"
+  assert (tmp_path / "result.json").exists()
+
+
+def test_the_last_step_is_scored(data, tmp_path):
+  """Where eval.every does not meet it; without scores the newest is taken."""
+  config = toy(data, "linear", steps=3)
+  train(config, tmp_path / "scored")
+  scored = read_log(tmp_path / "scored" / "metrics.jsonl")
+  assert any(r.get("kind") == "eval" and r["step"] == 2 for r in scored), scored
+  config.unlock().eval.every = 0
+  train(config, tmp_path / "bare")
+  assert evaluate(tmp_path / "bare")["chosen"] == "newest"
+
+
+def test_seeds_draw_other_features(data):
+  """An option of the attention comes before the run's seed."""
+
+  def rows(seed, own):
+    config = toy(data, "performer", seed=seed, attention=own)
+    return np.asarray(LraExperiment(config).model.attentions()[0].draw())
+
+  assert np.abs(rows(0, {}) - rows(1, {})).max() > 0.1
+  np.testing.assert_array_equal(rows(0, {"seed": 3}), rows(1, {"seed": 3}))
 
 
 def test_devices_change_no_number(run, data):
@@ -125,6 +162,13 @@ def test_commands(data, tmp_path, capsys, monkeypatch):
   flags += ["--config.batch=8", "--config.eval.batch=8", "--distributed=off"]
   code, out, _ = ask("lra", "train", "--config", f"{path}:linear,smoke", *flags)
   assert code == 0 and "13 examples (test)" in out
+  reformer = ["lra", "train", "--config", f"{path}:reformer,smoke", *flags]
+  code, _, err = ask(*reformer, "--config.attention.hashes=two")
+  assert code == 1 and "attention.hashes is 'two'; it is a whole number" in err
+  code, _, err = ask(*reformer, "--config.attention.window=2")
+  assert code == 1 and "attention.window is no option of reformer" in err
+  code, _, err = ask(*reformer, "--config.stepz=2")
+  assert code == 1 and "config key stepz does not exist" in err
   code, out, _ = ask("lra", "evaluate", "--workdir", work, "--split", "validation")
   assert code == 0 and "10 examples (validation)" in out
   code, out, _ = ask("lra", "table", "--runs", tmp_path, "--out", tmp_path / "out")
@@ -153,14 +197,54 @@ def test_a_second_run_of_the_same_seed_is_named(run, tmp_path):
 
 
 RECORD = {
-  "task": "listops", "model": "bigbird", "cached": True, "length": 2000, "steps": 5000,
-  "batch": 32, "majority": 0.166, "parameters": 9, "run": "there",
+  "task": "listops", "model": "bigbird", "cached": True, "layers": 6, "length": 2000,
+  "steps": 5000, "batch": 32, "majority": 0.166, "parameters": 9, "run": "there",
+  "settings": "a", "data": "b", "options": {}, "selected_on_test": False,
 }  # fmt: skip
+
+
+def test_other_settings_or_data_are_other_rows():
+  """Not seeds of one another; the row says which option differs."""
+  narrow = RECORD | {"seed": 0, "accuracy": 0.3, "options": {"block": 16}}
+  wide = RECORD | {"seed": 1, "accuracy": 0.4, "options": {}, "settings": "c"}
+  other = narrow | {"data": "d", "accuracy": 0.5}
+  rows = table.summary([narrow, wide, other])
+  assert [row["seeds"] for row in rows] == [1, 1, 1]
+  assert {row["options"] for row in rows} == {"block 16", "block as it is"}
+  assert "bigbird + cache (block 16)" in table.as_markdown(rows)
+
+
+def test_published_figures_stand_beside_what_they_are_of():
+  """Table 6 has 6 layers; generated Pathfinder has other images."""
+  ask = lambda **o: published.accuracy(RECORD | {"cached": False} | o)
+  assert ask() == (36.06, True) and ask(cached=True) == (37.45, True)
+  assert ask(layers=4) == (36.05, True) and ask(layers=4, cached=True) == (37.45, False)
+  assert ask(layers=4, steps=300) == (36.05, False)
+  assert ask(task="listops_archive", layers=4) == (36.05, True)
+  assert ask(task="listops_small") == (None, False)
+  images = {"layers": 4, "length": 1024, "steps": 62_400, "batch": 512}
+  assert ask(task="pathfinder32", **images) == (None, False)
+  assert ask(task="pathfinder32_archive", **images) == (74.87, True)
+  assert ask(task="text_official", layers=4, steps=20_000, length=4000) == (64.02, True)
+  assert ask(task="text", cached=True) == (None, False)
+
+
+def test_the_table_of_all_tasks():
+  tasks = ("listops", "text", "retrieval", "image", "pathfinder32_archive")
+  own = {"cached": False, "seed": 0}
+  runs = [RECORD | own | {"task": t, "accuracy": 0.1 * i} for i, t in enumerate(tasks)]
+  longer = {"task": "text", "steps": 9000, "accuracy": 0.3}
+  text = table.matrix(table.summary([*runs, RECORD | own | longer]))
+  assert "| bigbird | 0.00 (36.06) | 30.00 (64.02) |" in text
+  assert text.rstrip().endswith("| 24.00 |")
+  few = table.matrix(table.summary(runs[:3]))
+  assert few.rstrip().endswith("| - | - | - |")
 
 
 def test_tables_have_means_spreads_and_published_numbers(tmp_path):
   runs = [RECORD | {"seed": s, "accuracy": 0.36 + 0.01 * s} for s in range(3)]
   bare = {"model": "transformer", "cached": False, "seed": 0, "accuracy": 0.35}
+  bare |= {"layers": 4}
   runs.append(RECORD | bare)
   rows = table.summary(runs)
   assert [table.label(row) for row in rows] == ["transformer", "bigbird + cache"]
@@ -168,11 +252,12 @@ def test_tables_have_means_spreads_and_published_numbers(tmp_path):
   assert rows[1]["published"] == 37.45 and rows[1]["seeds"] == 3
   np.testing.assert_allclose((rows[1]["accuracy"], rows[1]["spread"]), (37, 1))
   assert (
-    "| bigbird + cache | 9 | 5,000 x 32 | 3 | 37.00 ± 1.00 | 37.45 |"
+    "| bigbird + cache | 9 | 2,000 | 5,000 x 32 | 3 | 37.00 ± 1.00 | 37.45 |"
     in table.as_markdown(rows)
   )
   speeds = [
     {"model": m, "cached": False, "length": n, "steps_per_second": s, "peak_bytes": b}
+    | {"batch": 1}
     for m, n, s, b in (
       ("transformer", 1024, 2.0, 800), ("performer", 1024, 4.0, 200),
       ("transformer", 4096, 0.5, 8000), ("performer", 4096, 3.0, 800),

@@ -98,7 +98,8 @@ class GatedEncoderAttention(nn.Module):
     grid: rows and columns of the token grid: adds a 3 x 3 convolution over it, of the
       layer's input, in D_m groups (the authors' code). None: no convolution.
     prefix: tokens before the grid's, such as a class token, to which it adds nothing.
-    dropout: rate on the attention's weights and on the output before the convolution.
+    dropout: rate on the attention's weights.
+    output_dropout: rate on the output before the convolution; None: that of `dropout`.
     dtype: of the computation. Parameters are float32.
     xavier: what kernels of its own start as, see `kernel_init`.
   """
@@ -114,6 +115,7 @@ class GatedEncoderAttention(nn.Module):
   grid: tuple[int, int] | None = None
   prefix: int = 0
   dropout: float = 0.0
+  output_dropout: float | None = None
   dtype: DType = jnp.float32
   xavier: bool = False
 
@@ -187,6 +189,8 @@ class GatedEncoderAttention(nn.Module):
     if self.projection == "branches":
       self.memory_output = joined(self.channels)
     self.drop = Dropout(self.dropout)
+    last = self.dropout if self.output_dropout is None else self.output_dropout
+    self.drop_output = Dropout(last)
     if self.grid is not None:
       lecun = nn.initializers.lecun_normal()
       self.convolution = nn.Conv(
@@ -250,7 +254,7 @@ class GatedEncoderAttention(nn.Module):
       seen = own.reshape(*own.shape[:2], -1)
     slots, state = self.memory.shared(seen, valid, state, training)
     y = self._blend(own, *self._read(x, slots, deterministic))
-    y = self.drop(y, deterministic=deterministic)
+    y = self.drop_output(y, deterministic=deterministic)
     if self.grid is not None:
       y = y + self._positions(x, grid or self.grid)
     elif grid is not None:

@@ -77,7 +77,7 @@ def _prepare(values: Any) -> None:
 
 
 def _define_train(values: flags.FlagValues, argv: list[str]) -> None:
-  config_flag(values, argv)
+  config_flag(values, argv, more=True)  # attentions have options that a file lacks
   workdir_flag(values, "folder of the run; one that holds a run continues it")
   text = "when training has finished, evaluate on the test split"
   flags.DEFINE_bool("report", True, text, flag_values=values)
@@ -126,14 +126,27 @@ def _evaluate(values: Any) -> None:
   show(_said(found), found, values.json)
 
 
+_CHOSEN = {
+  "validation": "chosen by validation loss",
+  "newest": "the newest: none was scored",
+  "step": "the one that was named",
+}
+
+
 def _said(found: dict[str, Any]) -> str:
   cached = " with a cache" if found["cached"] else ""
-  return (
+  text = (
     f"{found['task']}, {found['model']}{cached}, {found['parameters']:,} parameters: "
     f"{100 * found['accuracy']:.2f} % of {counted(found['examples'], 'example')} "
-    f"({found['split']}) after step {found['step']:,} of {found['steps']:,}, chosen by "
-    f"validation loss; always the most frequent class: {100 * found['majority']:.2f} %"
+    f"({found['split']}) after step {found['step']:,} of {found['steps']:,}, "
+    f"{_CHOSEN[found['chosen']]}; always the most frequent class: "
+    f"{100 * found['majority']:.2f} %"
   )
+  if found["selected_on_test"] and found["chosen"] == "validation":
+    text += "; the validation split is the test split: this number was selected"
+  if found["trained"] < found["steps"]:
+    text += f"; not finished, {found['trained']:,} steps so far: no result was written"
+  return text
 
 
 def _define_table(values: flags.FlagValues, argv: list[str]) -> None:

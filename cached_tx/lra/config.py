@@ -29,7 +29,8 @@ def check(config: Mapping[str, Any]) -> None:
   for name, keys in SECTIONS.items():
     check_keys(f"{name}.", config[name], keys)
   own, held = config["optimizer"], config["eval"]
-  whole = lambda value, least: isinstance(value, int) and value >= least
+  whole = lambda value, least: type(value) is int and value >= least
+  every, saved = held["every"], config["save"]["every"]
   rules = (
     *((key, config[key], whole(config[key], 1), "a whole number, 1 or more")
       for key in ("steps", "batch", "log_every")),
@@ -40,7 +41,13 @@ def check(config: Mapping[str, Any]) -> None:
     ("eval.examples", held["examples"], whole(held["examples"], 0), "0 (all) or more"),
     ("save.every", config["save"]["every"], whole(config["save"]["every"], 0),
      "0 (off) or more"),
+    ("eval.every", every, not saved or not every or every % saved == 0,
+     f"a multiple of save.every, {saved}, or the scores of other steps would be lost"),
+    ("seed", config["seed"], whole(config["seed"], 0), "a whole number, 0 or more"),
     ("optimizer.rate", own["rate"], own["rate"] > 0, "above 0"),
+    *((f"optimizer.{key}", own[key], 0 <= own[key] < 1, "at least 0 and below 1")
+      for key in ("b1", "b2")),
+    ("optimizer.epsilon", own["epsilon"], own["epsilon"] > 0, "above 0"),
     ("optimizer.schedule", own["schedule"], own["schedule"] in SCHEDULES,
      f"one of {', '.join(SCHEDULES)}"),
     ("optimizer.warmup", own["warmup"], whole(own["warmup"], 1), "1 update or more"),

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,20 @@ from cached_tx.train.checkpoint import Checkpoints
 from cached_tx.train.config import from_json, overridden
 from cached_tx.train.run_config import read_config
 from cached_tx.train.state import TrainState
+
+
+class Chosen(NamedTuple):
+  """Which checkpoint of a run.
+
+  Attributes:
+    step: that it is of.
+    by: validation (the smallest loss there), newest (none was scored) or step (named).
+    newest: step of the newest checkpoint.
+  """
+
+  step: int
+  by: str
+  newest: int
 
 
 class LraExperiment:
@@ -84,6 +98,7 @@ class LraExperiment:
       inputs=task.inputs,
       options=self.config.attention.to_dict(),
       memory=self._memory(),
+      seed=self.config.seed,
       **options,
     )
     model.check()
@@ -147,7 +162,7 @@ class LraExperiment:
 
   def restore(
     self, workdir: str | os.PathLike, step: int | None = None
-  ) -> tuple[Any, Any, int]:
+  ) -> tuple[Any, Any, "Chosen"]:
     """Verified parameters and caches of a checkpoint.
 
     Args:
@@ -156,7 +171,7 @@ class LraExperiment:
         none was scored.
 
     Returns:
-      Parameters, caches, and the number of steps behind them.
+      Parameters, caches, and which checkpoint they are of.
 
     Raises:
       ValueError: no such checkpoint, or none that is valid.
@@ -169,11 +184,13 @@ class LraExperiment:
     memory = jax.eval_shape(self.model.initial_state)
     memory = jax.tree.map(lambda a: sized(a, whole), memory)
     with Checkpoints(workdir, read_only=True) as checkpoints:
-      chosen = checkpoints.best_step() if step is None else step
-      params, meta = checkpoints.restore_params(params, chosen)
+      newest = checkpoints.latest_step()
+      best = checkpoints.best_step() if step is None else step
+      params, meta = checkpoints.restore_params(params, best)
       if self.model.memory is not None:
         memory, _ = checkpoints.restore_params(memory, meta["step"], "memory")
-    return params, memory, meta["step"]
+    by = "newest" if best is None else "validation" if step is None else "step"
+    return params, memory, Chosen(meta["step"], by, newest or 0)
 
 
 def identity(split: Examples) -> dict[str, Any]:

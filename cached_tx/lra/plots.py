@@ -25,6 +25,8 @@ def _colours(rows: Sequence[Row]) -> dict[str, Any]:
 def accuracy(png_path: str | os.PathLike, rows: Sequence[Row]) -> Path:
   """A panel for each task: mean and range over seeds, published numbers as crosses.
 
+  A cross is grey where the published setting is another.
+
   Args:
     png_path: written anew.
     rows: as of `cached_tx.lra.table.summary`.
@@ -42,7 +44,8 @@ def accuracy(png_path: str | os.PathLike, rows: Sequence[Row]) -> Path:
       colour = colours[row["model"]]
       axes.bar(i, row["accuracy"], yerr=[[low], [high]], color=colour, hatch=hatch)
       if row["published"] is not None:
-        axes.plot(i, row["published"], "kx", markersize=6)
+        colour = "black" if row["comparable"] else _GREY
+        axes.plot(i, row["published"], "x", color=colour, markersize=6)
     axes.axhline(own[0]["majority"], color=_GREY, linewidth=0.9, linestyle=(0, (4, 3)))
     names = [f"{_name(row)}\n{row['steps']:,} steps" for row in own]
     axes.set_xticks(range(len(own)), names, rotation=45, ha="right", fontsize=8)

@@ -5,6 +5,9 @@ and its efficiency table (byte-level text, batch 32, 4 x 4 TPU v3 chips). docs/l
 says what each of these models really computed.
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 TASKS = ("listops", "text", "retrieval", "image", "pathfinder32")
 LENGTHS = (1024, 2048, 3072, 4096)
 
@@ -59,9 +62,46 @@ GIGABYTES: dict[str, dict[int, float]] = {
 }
 
 
-def accuracy(task: str, model: str, cached: bool) -> float | None:
-  """The published accuracy in %; None where none was published."""
+# Steps, batch and lengths of the rows that these numbers are of.
+SETTINGS: dict[str, tuple[int, int, tuple[int, ...]]] = {
+  "listops": (5_000, 32, (2000,)),
+  "text": (20_000, 32, (1000, 2000, 3000, 4000)),
+  "retrieval": (5_000, 32, (4000,)),
+  "image": (35_000, 256, (1024,)),
+  "pathfinder32": (62_400, 512, (1024,)),
+}
+_DEEP = 6  # layers of the experiments with caches
+
+
+def task_of(name: str) -> str | None:
+  """The task of the paper that a task of this package is; None of any other.
+
+  Pathfinder that is made here is another set of images.
+  """
+  base = name.removesuffix("_archive").removesuffix("_official")
+  made = name.startswith("pathfinder") and name == base
+  return base if base in TASKS and not made else None
+
+
+def accuracy(record: Mapping[str, Any]) -> tuple[float | None, bool]:
+  """The published accuracy in %, and whether the run is of the published setting.
+
+  Args:
+    record: of a run: task, model, cached, layers, length, steps and batch.
+
+  Returns:
+    None where none was published. The setting is that of steps, batch and length, and
+    with caches of layers.
+  """
+  task, model, cached = task_of(record["task"]), record["model"], record["cached"]
+  if task is None:
+    return None, False
+  steps, batch, lengths = SETTINGS[task]
+  same = record["steps"] == steps and record["batch"] == batch
+  same = same and record["length"] in lengths
+  deep = task == "listops" and record["layers"] == _DEEP
+  if (cached or deep) and task == "listops" and model in CACHED_LISTOPS:
+    return CACHED_LISTOPS[model][cached], same and deep
   if cached:
-    pair = CACHED_LISTOPS.get(model) if task == "listops" else None
-    return pair[1] if pair else None
-  return ACCURACY.get(model, {}).get(task)
+    return None, False
+  return ACCURACY.get(model, {}).get(task), same

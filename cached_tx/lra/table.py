@@ -16,8 +16,12 @@ from cached_tx.lra import published
 from cached_tx.lra.training import RESULT
 from cached_tx.tables import counted
 
-# Task, model, cached, length, steps, batch, parameters.
-Key = tuple[str, str, bool, int, int, int, int]
+# Runs that differ in one of these are not seeds of each other.
+KEYS = (
+  "task", "model", "cached", "layers", "length", "steps", "batch", "parameters",
+  "settings", "data",
+)  # fmt: skip
+Key = tuple[Any, ...]
 
 
 def results(folder: str | os.PathLike) -> list[dict[str, Any]]:
@@ -58,19 +62,18 @@ def _texts(place: Path) -> Iterator[tuple[str, str, str]]:
 
 
 def _key(record: dict[str, Any]) -> Key:
-  sizes = (record[name] for name in ("length", "steps", "batch", "parameters"))
-  length, steps, batch, parameters = sizes
-  own = record["task"], record["model"], record["cached"]
-  return *own, length, steps, batch, parameters
+  return tuple(record[name] for name in KEYS)
 
 
 def summary(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-  """One row for all seeds of a task, a model, its size, length, steps and batch.
+  """One row for all seeds of what is otherwise the same run, on the same data.
 
   Returns:
-    Rows with task, model, cached, length, steps, batch, seeds, accuracy and majority in
-    %, spread (the standard deviation over seeds; None of one), published (%, or None),
-    lowest, highest and parameters, in the order of tasks, models and steps.
+    Rows with what `KEYS` names, options (of the attention, where rows of a task and a
+    model differ in them), seeds, accuracy and majority in %, spread (the standard
+    deviation over seeds; None of one), lowest, highest, published (%, or None),
+    comparable (whether that is of the same setting) and selected_on_test, in the order
+    of tasks, models and steps.
 
   Raises:
     ValueError: two runs of one seed.
@@ -80,8 +83,8 @@ def summary(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     own = groups[_key(record)]
     if record["seed"] in own:
       raise ValueError(
-        f"{own[record['seed']]['run']} and {record['run']} are the same run: task, "
-        "model, its size, length, steps, batch and seed are equal"
+        f"{own[record['seed']]['run']} and {record['run']} are the same run: config, "
+        "data and seed are equal"
       )
     own[record["seed"]] = record
   place = lambda key: (key[0], _place(key[1]), *key[1:])
@@ -89,26 +92,36 @@ def summary(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
   for key in sorted(groups, key=place):
     runs = [groups[key][seed] for seed in sorted(groups[key])]
     scores = [100 * run["accuracy"] for run in runs]
-    task, model, cached, length, steps, batch, parameters = key
+    figure, comparable = published.accuracy(runs[0])
     rows.append(
-      {
-        "task": task,
-        "model": model,
-        "cached": cached,
-        "length": length,
-        "steps": steps,
-        "batch": batch,
+      dict(zip(KEYS, key, strict=True))
+      | {
+        "options": runs[0]["options"],
         "seeds": len(runs),
         "accuracy": statistics.fmean(scores),
         "spread": statistics.stdev(scores) if len(scores) > 1 else None,
         "lowest": min(scores),
         "highest": max(scores),
         "majority": 100 * runs[0]["majority"],
-        "published": published.accuracy(task, model, cached),
-        "parameters": parameters,
+        "published": figure,
+        "comparable": comparable,
+        "selected_on_test": runs[0]["selected_on_test"],
       }
     )
-  return rows
+  return [row | {"options": _told_apart(row, rows)} for row in rows]
+
+
+def _told_apart(row: dict[str, Any], rows: Sequence[dict[str, Any]]) -> str:
+  """Options in which a row differs from others of its task and model."""
+  same = ("task", "model", "cached")
+  others = [r["options"] for r in rows if all(r[key] == row[key] for key in same)]
+  own = row["options"]
+  differing = [
+    key
+    for key in sorted({key for options in others for key in options})
+    if any(options.get(key) != own.get(key) for options in others)
+  ]
+  return ", ".join(f"{key} {own.get(key, 'as it is')}" for key in differing)
 
 
 def _place(model: str) -> int:
@@ -127,6 +140,15 @@ def as_csv(rows: Sequence[dict[str, Any]]) -> str:
   return text.getvalue()
 
 
+_HEAD = (
+  "model", "parameters", "length", "steps x batch", "seeds", "accuracy %", "published %"
+)  # fmt: skip
+_NOTES = (
+  "\nPublished figures in brackets are of other steps, batches or lengths. *: chosen "
+  "by a validation split that is the test split.\n"
+)
+
+
 def as_markdown(rows: Sequence[dict[str, Any]]) -> str:
   """A table for each task: accuracy over seeds, beside the published number."""
   parts = []
@@ -134,20 +156,59 @@ def as_markdown(rows: Sequence[dict[str, Any]]) -> str:
     own = [row for row in rows if row["task"] == task]
     parts.append(
       f"### {task}\n\nAlways the most frequent class: {own[0]['majority']:.2f} %.\n\n"
-      "| model | parameters | steps x batch | seeds | accuracy % | published % |\n"
-      "|---|---|---|---|---|---|\n" + "".join(map(_line, own))
+      f"| {' | '.join(_HEAD)} |\n{'|---' * len(_HEAD)}|\n" + "".join(map(_line, own))
     )
-  return "\n".join(parts)
+  return "\n".join(parts) + _NOTES
 
 
 def _line(row: dict[str, Any]) -> str:
   spread = "" if row["spread"] is None else f" ± {row['spread']:.2f}"
-  other = "-" if row["published"] is None else f"{row['published']:.2f}"
-  return (
-    f"| {label(row)} | {row['parameters']:,} | {row['steps']:,} x {row['batch']} | "
-    f"{row['seeds']} | "
-    f"{row['accuracy']:.2f}{spread} | {other} |\n"
+  options = f" ({row['options']})" if row["options"] else ""
+  cells = (
+    label(row) + options,
+    f"{row['parameters']:,}",
+    f"{row['length']:,}",
+    f"{row['steps']:,} x {row['batch']}",
+    str(row["seeds"]),
+    f"{row['accuracy']:.2f}{spread}{'*' * row['selected_on_test']}",
+    _published(row),
   )
+  return f"| {' | '.join(cells)} |\n"
+
+
+def _published(row: dict[str, Any]) -> str:
+  if row["published"] is None:
+    return "-"
+  text = f"{row['published']:.2f}"
+  return text if row["comparable"] else f"({text})"
+
+
+def matrix(rows: Sequence[dict[str, Any]]) -> str:
+  """Table 1 of Tay et al.: models by tasks, with the mean where all five are there.
+
+  A cell has the longest run of the task, and in brackets the published figure.
+  """
+  cells: dict[str, dict[str, dict[str, Any]]] = {}
+  for row in rows:
+    task = published.task_of(row["task"])
+    if task is not None:
+      own = cells.setdefault(label(row), {})
+      if task not in own or own[task]["steps"] < row["steps"]:
+        own[task] = row
+  lines = [f"| model | {' | '.join(published.TASKS)} | mean |"]
+  lines.append("|---" * (len(published.TASKS) + 2) + "|")
+  for name, own in cells.items():
+    line = [
+      "-"
+      if task not in own
+      else f"{own[task]['accuracy']:.2f} ({_published(own[task]).strip('()')})"
+      for task in published.TASKS
+    ]
+    whole = len(own) == len(published.TASKS)
+    scores = [row["accuracy"] for row in own.values()]
+    line.append(f"{statistics.fmean(scores):.2f}" if whole else "-")
+    lines.append(f"| {name} | {' | '.join(line)} |")
+  return "\n".join(lines) + "\n" if cells else ""
 
 
 def label(row: dict[str, Any]) -> str:
@@ -160,23 +221,25 @@ def relative(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 
   Args:
     records: lines of benchmarks.lra: model, cached, length, steps_per_second,
-      peak_bytes. Of equal model and length the last counts.
+      batch, peak_bytes. Of equal model, length and batch the last counts.
 
   Returns:
-    Rows with model, cached, length, steps_per_second, peak_bytes, speedup and memory
-    (shares of the Transformer's; None without it), and the published ones of both.
+    Rows with model, cached, length, batch, steps_per_second, peak_bytes, speedup and
+    memory (shares of the Transformer's of equal batch; None without it), and the
+    published ones of both.
   """
-  newest = {(r["model"], r["cached"], r["length"]): r for r in records}
+  newest = {(r["model"], r["cached"], r["length"], r["batch"]): r for r in records}
   rows = []
-  for model, cached, length in sorted(newest, key=lambda key: (_place(key[0]), *key)):
-    own = newest[model, cached, length]
-    base = newest.get(("transformer", False, length))
+  for key in sorted(newest, key=lambda key: (_place(key[0]), *key)):
+    model, cached, length, batch = key
+    own, base = newest[key], newest.get(("transformer", False, length, batch))
     ratio = lambda name, own=own, base=base: base and own[name] / base[name]
     rows.append(
       {
         "model": model,
         "cached": cached,
         "length": length,
+        "batch": batch,
         "steps_per_second": own["steps_per_second"],
         "peak_bytes": own["peak_bytes"],
         "speedup": ratio("steps_per_second"),
@@ -201,8 +264,10 @@ def efficiency_markdown(rows: Sequence[dict[str, Any]]) -> str:
   head = "".join(f" speed at {n:,} |" for n in lengths)
   head += "".join(f" memory at {n:,} |" for n in lengths)
   lines = [f"| model |{head}", "|---|" + "---|" * (2 * len(lengths))]
-  for name in dict.fromkeys(label(row) for row in rows):
-    own = {row["length"]: row for row in rows if label(row) == name}
+  several = len({row["batch"] for row in rows}) > 1
+  said = lambda row: label(row) + (f", batch {row['batch']}" if several else "")
+  for name in dict.fromkeys(map(said, rows)):
+    own = {row["length"]: row for row in rows if said(row) == name}
     cells = [
       _pair(own.get(n, {}), kind) for kind in ("speedup", "memory") for n in lengths
     ]
@@ -242,7 +307,7 @@ def write(
   rows = summary(runs) if runs else []
   speeds = relative(measured) if measured else []
   if rows:
-    files |= {"accuracy.md": as_markdown(rows), "accuracy.csv": as_csv(rows)}
+    files |= {"accuracy.md": _accuracies(rows), "accuracy.csv": as_csv(rows)}
     drawn.append(plots.accuracy(folder / "accuracy.png", rows))
   if speeds:
     files |= {
@@ -257,11 +322,15 @@ def write(
   return [*(folder / name for name in files), *drawn]
 
 
+def _accuracies(rows: Sequence[dict[str, Any]]) -> str:
+  return "\n".join(part for part in (matrix(rows), as_markdown(rows)) if part)
+
+
 def text(runs: Sequence[dict[str, Any]], measured: Sequence[dict[str, Any]]) -> str:
   """The tables, for the terminal."""
   parts = [f"{counted(len(runs), 'finished run')}"]
   if runs:
-    parts.append(as_markdown(summary(runs)))
+    parts.append(_accuracies(summary(runs)))
   if measured:
     parts.append(efficiency_markdown(relative(measured)))
   return "\n\n".join(parts)

@@ -1,5 +1,6 @@
 """Runs: training, and the number that is reported."""
 
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -18,7 +19,7 @@ from cached_tx.train.config import to_json
 from cached_tx.train.feed import Feed
 from cached_tx.train.loop import Result, Work, run
 from cached_tx.train.metrics import read_log
-from cached_tx.train.run_config import check_config
+from cached_tx.train.run_config import check_config, lasting
 
 RESULT = "result.json"
 
@@ -73,7 +74,8 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> Result:
       "data": data,
       "scored_on": {**identity(validation), "examples": held.examples},
     }
-    tokens = config.batch * experiment.task.inputs * length
+    places = experiment.task.inputs * length
+    tokens = round(config.batch * min(own.about["tokens"] / len(own), places))
     work = Work(
       state=state,
       shardings=shardings,
@@ -85,6 +87,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> Result:
       about=about,
       tokens=tokens,
       bytes_per_token=None,
+      score_last=held.every > 0,
     )
     return run(config, workdir, work)
 
@@ -100,10 +103,14 @@ def evaluate(
     step: of another checkpoint.
 
   Returns:
-    JSON data: task, model, cached, seed, step (of the checkpoint), steps (of the run),
-    batch, split, loss, accuracy, examples, majority (the accuracy of always naming the
-    split's most frequent class), parameters, device, speed. Of the test split
-    it is written to workdir/result.json too, unless a step was named.
+    JSON data: task, model, cached, layers, length, seed, step (of the checkpoint),
+    chosen (by validation, as the newest, as the step that was named), trained (steps so
+    far), steps (of the whole run), batch, split, loss, accuracy, examples, majority
+    (the accuracy of always naming the split's most frequent class), selected_on_test
+    (whether the validation split is the test split), parameters, settings (a digest of
+    the config but for its seed), options (of the attention), data (SHA-256 of the
+    split), device and speed. Of the test split and a finished run it is written to
+    workdir/result.json too, unless a step was named.
 
   Raises:
     FileNotFoundError: no run there.
@@ -112,7 +119,7 @@ def evaluate(
   experiment = LraExperiment.of(workdir)
   config = experiment.config
   with sharding.on(experiment.mesh):
-    params, memory, at = experiment.restore(workdir, step)
+    params, memory, chosen = experiment.restore(workdir, step)
     own = experiment.examples(split)
     evaluator = ClassEvaluator(
       experiment.model,
@@ -126,21 +133,39 @@ def evaluate(
     "task": config.task.name,
     "model": _model(config),
     "cached": experiment.model.memory is not None,
+    "layers": config.model.layers,
     "length": config.task.length,
     "seed": config.seed,
-    "step": at,
+    "step": chosen.step,
+    "chosen": chosen.by,
+    "trained": chosen.newest,
     "steps": config.steps,
     "batch": config.batch,
     "split": split,
     **score._asdict(),
     "majority": own.majority,
+    "selected_on_test": _same(experiment, "validation", "test"),
     "parameters": sum(a.size for a in jax.tree.leaves(params)),
+    "settings": _settings(config),
+    "options": config.attention.to_dict(),
+    "data": own.about["sha256"],
     "device": jax.devices()[0].device_kind,
     **_speed(workdir),
   }
-  if split == "test" and step is None and jax.process_index() == 0:
+  finished = chosen.newest >= config.steps
+  if split == "test" and step is None and finished and jax.process_index() == 0:
     write_atomically(Path(workdir) / RESULT, json.dumps(found, indent=2) + "\n")
   return found
+
+
+def _same(experiment: LraExperiment, *splits: str) -> bool:
+  return len({experiment.examples(split).about["sha256"] for split in splits}) == 1
+
+
+def _settings(config: ConfigDict) -> str:
+  """What runs of one row of a table share, as a few letters."""
+  own = {key: value for key, value in lasting(to_json(config)).items() if key != "seed"}
+  return hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def _model(config: ConfigDict) -> str:
@@ -150,7 +175,7 @@ def _model(config: ConfigDict) -> str:
 
 
 def _speed(workdir: str | os.PathLike) -> dict[str, float | None]:
-  """Tokens per second of the last line of training that has them."""
+  """Real tokens per second of the last line of training that has them."""
   rate = None
   for record in read_log(Path(workdir) / "metrics.jsonl"):
     rate = record.get("tokens_per_second", rate)

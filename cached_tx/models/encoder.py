@@ -18,6 +18,7 @@ from cached_tx.layers import MLP, Dropout, GatedEncoderAttention, check_rate, la
 from cached_tx.layers.attentions import ATTENTIONS
 from cached_tx.layers.projections import FromHeads
 from cached_tx.memory import GRCMemory, GRCState, partitioned
+from cached_tx.options import typed
 from cached_tx.types import DType, Hidden, Mask, Segment
 
 POOLS = ("cls", "first", "mean")
@@ -101,6 +102,8 @@ class EncoderClassifier(nn.Module):
       0 stands for as many slots as a row has tokens. None: no cache.
     dropout: rate on embeddings and in every branch.
     attention_dropout: rate on attention weights, where an attention has some.
+    seed: of what attentions draw once: graphs, rotations, features; an option `seed` of
+      the attention comes before it.
     dtype: of the computation. Parameters and logits are float32.
   """
 
@@ -121,6 +124,7 @@ class EncoderClassifier(nn.Module):
   memory: GRCMemory | None = None
   dropout: float = 0.0
   attention_dropout: float = 0.0
+  seed: int = 0
   dtype: DType = jnp.float32
 
   @property
@@ -153,13 +157,14 @@ class EncoderClassifier(nn.Module):
         f"model.heads is {self.heads}, which does not divide the {channels} channels "
         f"of model.{'qkv' if self.qkv else 'width'}"
       )
-    if getattr(ATTENTIONS[self.attention], "causal", False) and self.pool != "mean":
-      raise ValueError(
-        f"model.pool is {self.pool!r}, the first token, which with model.attention "
-        f"{self.attention!r} sees no other: set model.pool to mean"
-      )
     for layer in self.attentions():
       layer.check()
+      own = layer.inner if isinstance(layer, GatedEncoderAttention) else layer
+      if getattr(own, "causal", False) and self.pool != "mean":
+        raise ValueError(
+          f"model.pool is {self.pool!r}, the first token, which with model.attention "
+          f"{self.attention!r} and these options sees no other: set model.pool to mean"
+        )
 
   @nn.nowrap
   def attentions(self) -> tuple[Any, ...]:
@@ -179,9 +184,12 @@ class EncoderClassifier(nn.Module):
           f"attention.{name} is no option of {self.attention}; there are: "
           f"{', '.join(known)}"
         )
+    given = typed("attention.", given, {name: fields[name].type for name in given})
+    prefix = int(self.pool != "mean")  # tokens at the beginning that stand for the row
+    places = {"max_len": self.length, "prefix": prefix, "global_tokens": prefix}
     found = []
     for i in range(self.layers):
-      own: dict[str, Any] = {"layer": i, "max_len": self.length} | given
+      own: dict[str, Any] = {"layer": i, "seed": self.seed} | places | given
       own |= {"dropout": self.attention_dropout, "dtype": self.dtype}
       own = {name: value for name, value in own.items() if name in fields}
       channels = (self.qkv or self.width) // self.heads
@@ -205,6 +213,7 @@ class EncoderClassifier(nn.Module):
       inner=inner,
       kernel=reader,
       dropout=self.attention_dropout,
+      output_dropout=0.0,  # the block drops what any attention adds
       dtype=self.dtype,
       xavier=True,
       parent=None,

@@ -129,10 +129,10 @@ def _by_groups(
 
   @jax.checkpoint
   def group(now: tuple[Any, ...]) -> Blocks:
-    number, *blocks = now
+    number, queries, keys, values, real = now
     own = drop and drop._replace(key=jax.random.fold_in(drop.key, number))
     numbers = number * size + jnp.arange(size)
-    return _attended(*blocks, numbers, parts, summary, own)
+    return _attended(queries, keys, values, real, numbers, parts, summary, own)
 
   blocks = [cut(x) for x in (queries, keys, values, real)]
   found = jnp.moveaxis(jax.lax.map(group, (jnp.arange(count), *blocks)), 0, 1)

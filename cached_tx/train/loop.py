@@ -122,6 +122,7 @@ class Work(NamedTuple):
     about: kept in each checkpoint; "data" is the identity of the training data.
     tokens: of a step, over all rows.
     bytes_per_token: as of `MetricsLog`.
+    score_last: whether the last step is scored too where eval.every does not meet it.
   """
 
   state: TrainState
@@ -134,6 +135,7 @@ class Work(NamedTuple):
   about: dict[str, Any]
   tokens: int
   bytes_per_token: float | None
+  score_last: bool = False
 
 
 def _work(
@@ -230,7 +232,8 @@ def run(config: ConfigDict, workdir: str | os.PathLike, work: Work) -> Result:
         log.push(step - 1, metrics)
         first = first or compiled.counts["train_step"]
         scores = {}
-        if due(step, config.eval.every):
+        last = work.score_last and step == config.steps
+        if due(step, config.eval.every) or last:
           with log.paused():
             scores = work.score(state, step)
             log.write(step - 1, scores)

@@ -57,6 +57,6 @@ def check_data(stored: Mapping[str, Any] | None, given: Mapping[str, Any]) -> No
 
   raise ValueError(
     f"the training data is not what this run began with: it was {said(stored)}; now it "
-    f"is {said(given)}. Set data.path to the old data, or start a new run with another"
-    " --workdir"
+    f"is {said(given)}. Set data.path (of the Long Range Arena, task.path) to the old "
+    "data, or start a new run with another --workdir"
   )

@@ -71,7 +71,7 @@ def get_config(mode="transformer"):
     )
   )
   c.mesh = ConfigDict(dict(data=-1, fsdp=1, tensor=1, sequence=1))
-  c.eval = ConfigDict(dict(every=200, batch=100, examples=0))
+  c.eval = ConfigDict(dict(every=200, batch=128, examples=0))
   c.save = ConfigDict(dict(every=200, keep=1))
   if "cached" in words:
     c.memory = ConfigDict(dict(kind="grc", cache="shared", size=0, ratio=0.5))
@@ -80,4 +80,4 @@ def get_config(mode="transformer"):
     c.model.update(dict(layers=1, width=16, qkv=16, mlp=16, heads=2))
     c.eval.update(dict(every=2, batch=4, examples=8))
     c.save.every, c.log_every = 2, 1
-  return c.lock()
+  return c  # open, for options of attentions that are not listed here

@@ -224,6 +224,31 @@ def test_pairs_are_prepared(tmp_path):
     np.testing.assert_array_equal(a, b)
 
 
+def test_examples_of_two_splits_and_other_sizes_are_warned_of(tmp_path, caplog):
+  write_pairs(tmp_path / "data")
+  with caplog.at_level(logging.WARNING):
+    about = prepare_task(
+      TASKS["retrieval"], tmp_path / "out", Options(tmp_path / "data")
+    )
+  assert [about[split]["repeated"] for split in SPLITS] == [0, 2, 2]
+  assert "retrieval test: 2 of its 2 examples are in an earlier split" in caplog.text
+  assert "retrieval train has 2 examples, the official set 147086" in caplog.text
+
+
+def test_a_seed_that_draws_nothing_is_refused(tmp_path):
+  write_pairs(tmp_path / "data")
+  with pytest.raises(ValueError, match="retrieval has nothing that a seed draws"):
+    prepare_task(TASKS["retrieval"], tmp_path, Options(tmp_path / "data", seed=1))
+
+
+def test_a_folder_of_something_else_is_named(tmp_path):
+  """Folders of the archive have names of tasks."""
+  write_pairs(tmp_path / "retrieval")
+  with pytest.raises(ValueError, match="was not made by cached-tx lra prepare"):
+    prepare_task(TASKS["retrieval"], tmp_path, Options(tmp_path / "retrieval"))
+  assert len(list((tmp_path / "retrieval").iterdir())) == 3
+
+
 @pytest.mark.parametrize(
   ("lines", "end", "message"),
   [

@@ -322,3 +322,20 @@ def test_damage_is_named_and_nothing_is_left(tmp_path, damage, message):
 def test_a_folder_that_is_not_there(tmp_path):
   with pytest.raises(FileNotFoundError, match=r"metadata is missing.*pathfinder64"):
     prepare_task(TASKS["pathfinder64_archive"], tmp_path, Options(tmp_path / "x"))
+
+
+def test_a_lost_file_is_not_the_known_empty_one(tmp_path):
+  """Nor is one that is listed twice left alone."""
+  home = tmp_path / "elsewhere" / "curv_baseline"
+  write_archive(home, files=("0",), each=180)
+  (home / "imgs" / "0" / "sample_172.png").unlink()
+  splits = TASKS["pathfinder32_archive"].splits(Options(home))
+  with pytest.raises(ValueError, match=r"sample_172\.png is missing"):
+    [list(split) for split in splits.values()]
+  (home / "imgs" / "0" / "sample_172.png").write_bytes(b"")
+  splits = TASKS["pathfinder32_archive"].splits(Options(home))
+  assert sum(len(list(split)) for split in splits.values()) == 179
+  metadata = home / "metadata" / "0.npy"
+  metadata.write_text(metadata.read_text() + metadata.read_text().split("\n")[0] + "\n")
+  with pytest.raises(ValueError, match=r"line 181: .* was listed before"):
+    TASKS["pathfinder32_archive"].splits(Options(home))

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from cached_tx.layers.attentions import ATTENTIONS
-from cached_tx.ops.bigbird import priorities
 from cached_tx.ops import fixed
+from cached_tx.ops.bigbird import priorities
 from cached_tx.types import Segment
 from tests.kinds import precision
 from tests.reference import long_range

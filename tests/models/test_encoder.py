@@ -13,6 +13,7 @@ from cached_tx.layers.attentions import ATTENTIONS
 from cached_tx.lra.experiment import LraExperiment
 from cached_tx.memory import GRCMemory
 from cached_tx.models.encoder import EncoderClassifier, sinusoids
+from cached_tx.types import Segment
 from tests.kinds import some
 
 FOLDER = Path(__file__).parents[2] / "configs" / "lra"
@@ -116,6 +117,32 @@ def test_caches(name):
   changed, _ = read(tokens.at[0].add(1) % 11, mask, state)
   np.testing.assert_array_equal(changed[1:], logits[1:])
   assert len(model.gauges(params)) == 4
+
+
+def test_a_cached_branch_is_dropped_once():
+  """The block drops what an attention adds, with a cache or without."""
+  sizes = {"layers": 1, "attention_dropout": 0.5}
+  model = toy("transformer", memory=GRCMemory(0, 0.5, cache="shared"), **sizes)
+  (layer,) = model.attentions()
+  x = jax.random.normal(jax.random.key(0), (3, 10, 16))
+  segment, state = Segment(jnp.zeros((3, 10), bool)), model.initial_state()[0]
+  params = jax.jit(layer.init)(jax.random.key(1), x, state, segment)
+  rngs = {"dropout": jax.random.key(2)}
+  y, _, _ = jax.jit(
+    lambda x: layer.apply(params, x, state, segment, deterministic=False, rngs=rngs)
+  )(x)
+  assert np.all(y != 0)
+
+
+def test_a_first_token_that_sees_nothing_is_refused():
+  """Causal attention without a prefix, under a class token."""
+  options = {"block": 4, "summary": 1, "prefix": 0}
+  for memory in (None, GRCMemory(0, 0.5, cache="shared")):
+    with pytest.raises(ValueError, match="the first token"):
+      toy("sparse", options=options, memory=memory).check()
+    toy("sparse", options=options, memory=memory, pool="mean").check()
+  mean, first = (toy("sparse", pool=pool).attentions()[0] for pool in ("mean", "cls"))
+  assert (mean.prefix, first.prefix) == (0, 1)
 
 
 def test_every_parameter_learns():

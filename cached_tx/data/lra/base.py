@@ -52,6 +52,8 @@ class Task(NamedTuple):
       overlap. They are read once, in order, one split after the other.
     inputs: rows of an example, 1 or 2.
     needs: whether `Options.source` must be given.
+    seeded: whether `Options.seed` changes anything.
+    official: examples of the splits of the original; other numbers are warned of.
     pinned: SHA-256 of splits, as of `Examples.about`, at seed 0; of data that whole
       numbers alone make, the same everywhere.
   """
@@ -64,6 +66,8 @@ class Task(NamedTuple):
   splits: Callable[[Options], dict[str, Iterable[Example]]]
   inputs: int = 1
   needs: bool = False
+  seeded: bool = False
+  official: Mapping[str, int] = {}
   pinned: Mapping[str, str] = {}
 
   @property
@@ -78,7 +82,8 @@ class Examples(Sequence):
   Attributes:
     label: names task and split, for messages.
     about: JSON data: "examples", "tokens", "labels" (how many examples there are of
-      each class, in order) and "sha256" of all of them.
+      each class, in order), "sha256" of all of them, and "repeated" (how many of their
+      rows an earlier split has too).
   """
 
   def __init__(self, label: str, about: dict[str, Any], read: Callable[[int], Example]):

@@ -8,6 +8,7 @@ import contextlib
 import fcntl
 import hashlib
 import json
+import logging
 import os
 import shutil
 import tempfile
@@ -28,6 +29,8 @@ from cached_tx.data.lra.base import (
 from cached_tx.data.sources.base import SPLITS
 from cached_tx.data.sources.files import settle
 
+log = logging.getLogger(__name__)
+
 ABOUT = "about.json"
 PART, LOCK = ".part-", "lock"  # of what is being made
 UNUSED = Options()  # for a task that is only read
@@ -42,6 +45,7 @@ class LongRangeTask(tfds.core.GeneratorBasedBuilder):
     """Takes the task, how it is prepared, and what every TFDS builder takes."""
     self._task, self._options = task, options
     self.about: dict[str, dict[str, Any]] = {}
+    self._first: dict[bytes, str] = {}  # rows, as digests, and the split they are in
     super().__init__(**kwargs)
 
   def _info(self) -> tfds.core.DatasetInfo:
@@ -61,11 +65,14 @@ class LongRangeTask(tfds.core.GeneratorBasedBuilder):
 
   def _generate_examples(self, split, examples):
     digest, labels, tokens = hashlib.sha256(), [0] * self._task.classes, 0
+    repeated = 0
     for i, example in enumerate(examples):
       check_example(self._task, example, f"example {i} of {self._task.name} {split}")
       rows = [np.asarray(row, self._task.dtype).tobytes() for row in example.tokens]
-      for row in rows:
-        digest.update(f"{len(row)} ".encode() + row)
+      said = b"".join(f"{len(row)} ".encode() + row for row in rows)
+      own = hashlib.sha256(said).digest()[:16]
+      repeated += self._first.setdefault(own, split) != split
+      digest.update(said)
       digest.update(f" {example.label};".encode())
       labels[example.label] += 1
       tokens += sum(map(len, example.tokens))
@@ -77,7 +84,20 @@ class LongRangeTask(tfds.core.GeneratorBasedBuilder):
       "tokens": tokens,
       "labels": labels,
       "sha256": digest.hexdigest(),
+      "repeated": repeated,
     }
+    if repeated:
+      log.warning(
+        "%s %s: %d of its %d examples are in an earlier split too",
+        self._task.name, split, repeated, sum(labels),
+      )  # fmt: skip
+    official = self._task.official.get(split, sum(labels))
+    if sum(labels) != official:
+      log.warning(
+        "%s %s has %d examples, the official set %d: results cannot be compared with "
+        "published ones",
+        self._task.name, split, sum(labels), official,
+      )  # fmt: skip
 
 
 def prepare_task(task: Task, folder: str | os.PathLike, options: Options) -> dict:
@@ -103,16 +123,15 @@ def prepare_task(task: Task, folder: str | os.PathLike, options: Options) -> dic
       f"--source is {str(options.source)!r}, but {task.name} takes no files: "
       f"{task.source}"
     )
+  if options.seed and not task.seeded:
+    raise ValueError(
+      f"--seed is {options.seed}, but {task.name} has nothing that a seed draws: leave "
+      "it out"
+    )
   home = Path(folder) / task.name
   wanted = _said(options)
-  if home.is_dir():
-    about = read_about(task, folder)
-    if about["options"] != wanted:
-      raise ValueError(
-        f"{home} was prepared with {about['options']}, not with {wanted}: remove it, "
-        "or name another folder (--out)"
-      )
-    return about
+  if home.exists():
+    return _there(task, home, options)
   home.parent.mkdir(parents=True, exist_ok=True)
   _clear(home.parent)
   with (
@@ -121,8 +140,25 @@ def prepare_task(task: Task, folder: str | os.PathLike, options: Options) -> dic
   ):
     fcntl.flock(lock, fcntl.LOCK_EX)  # let go however this process ends
     made = Path(part, "made")
-    about = _write(task, made, options, wanted)
+    _write(task, made, options, wanted)
     settle(made, home)
+  return _there(task, home, options)  # perhaps of another process, which was first
+
+
+def _there(task: Task, home: Path, options: Options) -> dict[str, Any]:
+  """What about.json says, if it says what is wanted."""
+  if not (home / ABOUT).is_file():
+    raise ValueError(
+      f"{home} is there and was not made by cached-tx lra prepare: name another folder "
+      "(--out)"
+    )
+  about, wanted = read_about(task, home.parent), _said(options)
+  if about["options"] != wanted:
+    raise ValueError(
+      f"{home} was prepared with {about['options']}, not with {wanted}: remove it, "
+      "or name another folder (--out)"
+    )
+  _check_pins(task, options, about)
   return about
 
 
@@ -139,7 +175,7 @@ def _said(options: Options) -> dict[str, Any]:
   return {"source": source, "seed": options.seed}
 
 
-def _write(task: Task, home: Path, options: Options, wanted: dict[str, Any]) -> dict:
+def _write(task: Task, home: Path, options: Options, wanted: dict[str, Any]) -> None:
   tfds.disable_progress_bar()
   config = tfds.download.DownloadConfig(try_download_gcs=False)
   writer = LongRangeTask(
@@ -150,7 +186,6 @@ def _write(task: Task, home: Path, options: Options, wanted: dict[str, Any]) -> 
   _check_pins(task, options, writer.about)
   about = {"task": task.name, "options": wanted, **writer.about}
   (home / ABOUT).write_text(json.dumps(about, indent=2) + "\n")
-  return about
 
 
 def _check_pins(task: Task, options: Options, about: dict[str, Any]) -> None:

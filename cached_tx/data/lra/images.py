@@ -93,4 +93,5 @@ IMAGE = Task(
   "https://www.cs.toronto.edu/~kriz/cifar.html",
   splits=_splits,
   needs=True,
+  official={"train": 45_000, "validation": 5_000, "test": 10_000},
 )

@@ -186,13 +186,18 @@ def _parsed(line: str, where: str) -> Example:
   text, label = columns
   if len(label) != 1 or label not in "0123456789":
     raise ValueError(f"{where}: label {label[:40]!r}; a digit")
-  words = [word.replace("]", "X") for word in text.split() if word not in "()"]
+  words = [word for word in text.split() if word not in ("(", ")")]
   if not words:
     raise ValueError(f"{where}: an empty expression")
-  strange = [word for word in words if word not in IDS]
+  if len(words) >= LONG.shorter:
+    raise ValueError(
+      f"{where}: {len(words)} tokens; expressions have fewer than {LONG.shorter}, and "
+      "one that is cut has no value"
+    )
+  strange = [word for word in words if word != "]" and (word not in IDS or word == "X")]
   if strange:
     raise ValueError(f"{where}: {strange[0][:40]!r} is no digit, operator or ]")
-  ids = [IDS[word] for word in words]
+  ids = [IDS.get(word, _END) for word in words]  # "]" is the end
   if not whole(ids):
     raise ValueError(f"{where}: not one expression: lists are empty, or do not close")
   if value(ids) != int(label):
@@ -237,6 +242,7 @@ LISTOPS = Task(
   length=2000,
   source="made here by the published rules, seeded",
   splits=partial(_made, LONG),
+  seeded=True,
   pinned={
     "train": "a6f9254e63a52875c1d3c09adec2eba499e0bea04e8e848f95f245c80e7c6d58",
     "validation": "2dcd4e17ea2d7c720538d6249c5dd75c2f3ac894fc8a505824f464cc354f6cbc",
@@ -250,6 +256,7 @@ LISTOPS_SMALL = Task(
   length=200,
   source="made here: shorter expressions; not the benchmark",
   splits=partial(_made, SMALL),
+  seeded=True,
   pinned={
     "train": "ef4ddb0cae5db2055e5a64eefa87f0fe4f88e50c595fa47616e413c99b780194",
     "validation": "481eacc617c8a435142f50dd6ece8302fcaf3699b88b8c1bc609577703022e91",
@@ -265,4 +272,5 @@ LISTOPS_ARCHIVE = Task(
   "https://storage.googleapis.com/long-range-arena/lra_release.gz",
   splits=_archive,
   needs=True,
+  official=dict(zip(SPLITS, LONG.sizes, strict=True)),
 )

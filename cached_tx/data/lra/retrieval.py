@@ -82,4 +82,5 @@ RETRIEVAL = Task(
   splits=_splits,
   inputs=2,
   needs=True,
+  official=_PAIRS,
 )

@@ -139,10 +139,12 @@ TEXT = Task(
   "aclImdb_v1.tar.gz; a tenth of the films of train is the validation split",
   splits=partial(_splits, False),
   needs=True,
+  seeded=True,
 )
 TEXT_OFFICIAL = TEXT._replace(
   name="text_official",
   source=TEXT.source.split(";")[0]
   + "; the test set is the validation split too, as published",
   splits=partial(_splits, True),
+  seeded=False,
 )

@@ -14,7 +14,8 @@ def no_weights(dropout: float) -> None:
   """Raises ValueError, naming the option, if there is a rate but are no weights."""
   if dropout:
     raise ValueError(
-      f"dropout is {dropout}, but this attention makes no weights to drop: set it to 0"
+      f"model.attention_dropout is {dropout}, but this attention makes no weights to "
+      "drop: set it to 0"
     )
 
 
@@ -23,7 +24,7 @@ def check_length(tokens: int, max_len: int) -> None:
   if tokens > max_len:
     raise ValueError(
       f"max_len is {max_len}, but there are {tokens} tokens: parameters belong to "
-      "places; set max_len to the longest row"
+      "places; set max_len, in a config task.length, to the longest row"
     )
 
 

@@ -30,7 +30,8 @@ class RecurrentAttention(nn.Module):
       of the step, is refused: a classifier has neither.
     segment: C, tokens between two updates of the memory.
     positions: rotary, relative (where the memory allows it) or none.
-    layer: number of the layer, for memories with random constants.
+    seed: of random constants, where the memory has some and no seed of its own.
+    layer: number of the layer, for the same.
     dropout: rate on the attention's weights, where it has some.
     dtype: of the computation. Parameters are float32.
   """
@@ -40,6 +41,7 @@ class RecurrentAttention(nn.Module):
   memory: Mapping[str, Any] | None = None
   segment: int = 128
   positions: str = "rotary"
+  seed: int = 0
   layer: int = 0
   dropout: float = 0.0
   dtype: DType = jnp.float32
@@ -52,6 +54,8 @@ class RecurrentAttention(nn.Module):
     if "kind" not in options:
       raise ValueError("attention.memory has no kind: xl, compressive, grc or favor")
     memory = build_memory(section="attention.memory", **options)
+    if hasattr(memory, "seed") and "seed" not in options:
+      memory = memory.clone(seed=self.seed)
     if hasattr(memory, "dtype") and "dtype" not in options:
       memory = memory.clone(dtype=self.dtype)
     return memory
@@ -87,8 +91,8 @@ class RecurrentAttention(nn.Module):
       )
     if memory.reader == "sums" and self.dropout:
       raise ValueError(
-        f"dropout is {self.dropout}, but running sums have no weights to drop: set it "
-        "to 0"
+        f"model.attention_dropout is {self.dropout}, but running sums have no weights "
+        "to drop: set it to 0"
       )
 
   @nn.compact

@@ -43,6 +43,11 @@ class SparseAttention(nn.Module):
   dtype: DType = jnp.float32
 
   @property
+  def causal(self) -> bool:
+    """Whether the first token sees no other."""
+    return not self.prefix
+
+  @property
   def size(self) -> int:
     """Tokens of a block."""
     least = max(math.isqrt(self.summary * self.max_len), self.summary)
