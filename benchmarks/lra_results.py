@@ -55,7 +55,7 @@ class Suite(NamedTuple):
   models: tuple[str, ...] = FIVE
 
 
-# Sized for two cores and the time that docs/lra.md says.
+# Sized for two cores and about 90 minutes.
 SUITES = {
   "listops": Suite("listops", "listops", ("mini",)),
   "text_demo": Suite("text_demo", "text_demo", changes=(*SHORT, "optimizer.rate=0.02")),

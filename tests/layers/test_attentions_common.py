@@ -1,6 +1,7 @@
 """What holds of every attention of encoders: padding, lengths, options, cost."""
 
 import functools
+import re
 
 import flax.linen as nn
 import jax
@@ -69,8 +70,9 @@ def test_padding_behind_a_row_is_not_there(name):
     got = jax.jit(lambda x: apply(layer, params, x, [19, 11, 1]))(x)
     whole = lambda x: Segment(jnp.zeros(x.shape[:2], bool))
     alone = jax.jit(lambda x: layer.apply({"params": params}, x, whole(x)))
-    want = alone(x[1:2, :11])
-  np.testing.assert_allclose(got[1:2, :11], want, rtol=0, atol=5e-6)
+    want = alone(x[1:2, :11]), alone(x[2:, :1])
+  np.testing.assert_allclose(got[1:2, :11], want[0], rtol=0, atol=5e-6)
+  np.testing.assert_allclose(got[2:, :1], want[1], rtol=0, atol=5e-6)
 
 
 # Worst error measured, of outputs up to 2: 0.014.
@@ -193,7 +195,11 @@ FAULTS = [
 @pytest.mark.parametrize("name,fault", FAULTS)
 def test_wrong_options_are_named(name, fault):
   layer = ATTENTIONS[name](**(SIZES | KINDS[name] | fault))
-  with pytest.raises(ValueError, match=next(iter(fault))):
+  key = next(iter(fault))
+  key = {"dropout": "model.attention_dropout", "max_len": "max_len"}.get(
+    key, f"attention.{key}"
+  )
+  with pytest.raises(ValueError, match=re.escape(key)):
     layer.check()
 
 
@@ -213,22 +219,39 @@ def test_parameters_have_logical_axes(name):
   assert all(len(box.names) == box.value.ndim for box in boxes)
 
 
-@pytest.mark.parametrize("name", ["linear", "reformer"])
+@EACH
 def test_serves_beside_a_cache(name):
-  """As the inner attention of a gated layer, in training and after."""
+  """As the inner attention of a gated layer: the blend of equation 2, padding 0."""
   memory = GRCMemory(4, 0.5, cache="shared")
   inner = ATTENTIONS[name](H, D // H, **KINDS[name])
   layer = GatedEncoderAttention(D, H, memory, inner)
   valid = jnp.arange(9)[None] < jnp.array([[9], [4]])
   segment = Segment(jnp.zeros((2, 9), bool), valid)
   x, state = jnp.asarray(inputs(2, 9)), layer.initial_state()
-  params = jax.jit(layer.init)(jax.random.key(0), x, state, segment)
-  run = jax.jit(lambda x, state: layer.apply(params, x, state, segment, training=True))
-  _, state, _ = run(x, state)
-  y, state, _ = run(x, state)
+  params = nn.meta.unbox(jax.jit(layer.init)(jax.random.key(0), x, state, segment))
+
+  def run(params, state, training):
+    return layer.apply(params, x, state, segment, training=training)
+
+  run = jax.jit(run, static_argnums=2)
+  _, state, _ = run(params, state, True)
   assert state.filled[0]
-  assert np.isfinite(y).all()
-  assert not y[1, 4:].any()
+  shares = {}
+  for share in (-40.0, 0.0, 40.0):  # of the cache: none, half, all
+    own = params["params"] | {"gate": jnp.full(H, share)}
+    shares[share], after, _ = run({"params": own}, state, False)
+    jax.tree.map(np.testing.assert_array_equal, after, state)
+  got = (shares[-40.0] + shares[40.0]) / 2
+  np.testing.assert_allclose(shares[0.0], got, rtol=0, atol=1e-5)
+  assert np.abs(shares[40.0] - shares[-40.0])[:, :4].max() > 1e-2
+  alone = {"params": params["params"].get("inner", {})}
+  heads = inner.apply(alone, jnp.where(valid[..., None], x, 0), segment)
+  output = params["params"]["output"]
+  want = (
+    jnp.einsum("blhk,hkd->bld", heads, output["kernel"]) + output["bias"][None, None]
+  )
+  want = jnp.where(valid[..., None], want, 0)
+  np.testing.assert_allclose(shares[-40.0], want, rtol=0, atol=1e-5)
 
 
 def features_of(name, inner, x):

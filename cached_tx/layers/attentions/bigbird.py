@@ -46,9 +46,11 @@ class BigBirdAttention(nn.Module):
   @nn.nowrap
   def check(self) -> None:
     """Raises ValueError, naming the option, where the settings do not fit."""
-    check_size("block", self.block)
+    check_size("attention.block", self.block)
     if self.random < 0:
-      raise ValueError(f"random is {self.random}; it counts blocks, 0 or more")
+      raise ValueError(
+        f"attention.random is {self.random}; it counts blocks, 0 or more"
+      )
 
   @nn.compact
   def __call__(

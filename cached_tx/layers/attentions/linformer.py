@@ -45,11 +45,11 @@ class LinformerAttention(nn.Module):
   def check(self) -> None:
     """Raises ValueError, naming the option, where the settings do not fit."""
     if self.rank < 1:
-      raise ValueError(f"rank is {self.rank}; it counts mixtures: 1 or more")
+      raise ValueError(f"attention.rank is {self.rank}; it counts mixtures: 1 or more")
     if self.max_len < 1:
       raise ValueError(f"max_len is {self.max_len}; it counts tokens: 1 or more")
     if self.share not in SHARE:
-      raise ValueError(f"share is {self.share!r}; one of {', '.join(SHARE)}")
+      raise ValueError(f"attention.share is {self.share!r}; one of {', '.join(SHARE)}")
 
   @nn.compact
   def __call__(

@@ -34,7 +34,7 @@ class LocalAttention(nn.Module):
   @nn.nowrap
   def check(self) -> None:
     """Raises ValueError, naming the option, where the settings do not fit."""
-    check_size("block", self.block)
+    check_size("attention.block", self.block)
 
   @nn.compact
   def __call__(

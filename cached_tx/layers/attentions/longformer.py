@@ -46,10 +46,10 @@ class LongformerAttention(nn.Module):
   @nn.nowrap
   def check(self) -> None:
     """Raises ValueError, naming the option, where the settings do not fit."""
-    check_size("window", self.window)
+    check_size("attention.window", self.window)
     if self.global_tokens < 0:
       raise ValueError(
-        f"global_tokens is {self.global_tokens}; it counts tokens, 0 or more"
+        f"attention.global_tokens is {self.global_tokens}; it counts tokens, 0 or more"
       )
 
   @nn.compact

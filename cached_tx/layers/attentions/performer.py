@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from cached_tx.layers.attentions.checks import no_weights, read_by_features
 from cached_tx.layers.favor import FavorEncoderAttention
 from cached_tx.layers.projections import ToHeads
+from cached_tx.ops.choices import check_rows
 from cached_tx.ops.favor import favor_bidirectional
 from cached_tx.ops.features import FEATURES
 from cached_tx.ops.projections import Rows
@@ -61,7 +62,9 @@ class PerformerAttention(nn.Module):
   def check(self) -> None:
     """Raises ValueError, naming the option, where the settings do not fit."""
     no_weights(self.dropout)
-    self._favor().check()
+    options = self.kernel, self.projection, self.features
+    usual = FavorEncoderAttention.features
+    check_rows(*options, self.head_width, usual, prefix="attention.")
 
   @nn.nowrap
   def draw(self) -> Rows | None:

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 
 from cached_tx.layers.dropout import Dropout
 from cached_tx.layers.projections import ToHeads
+from cached_tx.ops.banded import check_size
 from cached_tx.ops.lsh import Rotations, hashed, lsh_attention, rotations, usual_buckets
 from cached_tx.ops.projections import seeded
 from cached_tx.types import DType, Heads, Hidden, Segment
@@ -53,12 +54,11 @@ class ReformerAttention(nn.Module):
   def check(self) -> None:
     """Raises ValueError, naming the option, where the settings do not fit."""
     for name in ("hashes", "chunk"):
-      if getattr(self, name) < 1:
-        raise ValueError(f"{name} is {getattr(self, name)}; it must be 1 or more")
+      check_size(f"attention.{name}", getattr(self, name))
     if self.buckets is not None and (self.buckets < 2 or self.buckets % 2):
       raise ValueError(
-        f"buckets is {self.buckets}; there are two for each direction of a rotation: "
-        "an even number, 2 or more"
+        f"attention.buckets is {self.buckets}; there are two for each direction of a "
+        "rotation: an even number, 2 or more"
       )
 
   @nn.nowrap

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from cached_tx.layers.attentions.checks import check_length
 from cached_tx.layers.dropout import Dropout
 from cached_tx.layers.projections import ToHeads, kernel_init
+from cached_tx.ops.banded import check_size
 from cached_tx.ops.sinkhorn import COMBINE, block_sums, sinkhorn_attention
 from cached_tx.types import DType, Heads, Hidden, Segment
 
@@ -48,12 +49,15 @@ class SinkhornAttention(nn.Module):
   def check(self) -> None:
     """Raises ValueError, naming the option, where the settings do not fit."""
     for name in ("max_len", "block", "iterations"):
-      if getattr(self, name) < 1:
-        raise ValueError(f"{name} is {getattr(self, name)}; it must be 1 or more")
+      check_size(f"attention.{name}", getattr(self, name))
     if self.temperature <= 0:
-      raise ValueError(f"temperature is {self.temperature}; it must be above 0")
+      raise ValueError(
+        f"attention.temperature is {self.temperature}; it must be above 0"
+      )
     if self.combine not in COMBINE:
-      raise ValueError(f"combine is {self.combine!r}; one of {', '.join(COMBINE)}")
+      raise ValueError(
+        f"attention.combine is {self.combine!r}; one of {', '.join(COMBINE)}"
+      )
 
   @nn.compact
   def __call__(

@@ -58,13 +58,16 @@ class SparseAttention(nn.Module):
     """Raises ValueError, naming the option, where the settings do not fit."""
     check_size("max_len", self.max_len)
     if self.block < 0:
-      raise ValueError(f"block is {self.block}; 0 (the root) or more tokens")
+      raise ValueError(f"attention.block is {self.block}; 0 (the root) or more tokens")
     if not 0 <= self.summary <= self.size:
       raise ValueError(
-        f"summary is {self.summary}; it counts tokens of a block of {self.size}"
+        f"attention.summary is {self.summary}; it counts tokens of a block of "
+        f"{self.size}"
       )
     if self.prefix < 0:
-      raise ValueError(f"prefix is {self.prefix}; it counts tokens, 0 or more")
+      raise ValueError(
+        f"attention.prefix is {self.prefix}; it counts tokens, 0 or more"
+      )
 
   @nn.compact
   def __call__(

@@ -10,6 +10,7 @@ from cached_tx.layers.dropout import Dropout
 from cached_tx.layers.exact import kernel_for
 from cached_tx.layers.projections import ToHeads, kernel_init
 from cached_tx.memory import partitioned
+from cached_tx.ops.banded import check_size
 from cached_tx.ops.synthesizer import Factors, synthesizer_attention
 from cached_tx.types import DType, Heads, Hidden, Segment
 
@@ -55,14 +56,13 @@ class SynthesizerAttention(nn.Module):
   def check(self) -> None:
     """Raises ValueError, naming the option, where the settings do not fit."""
     if self.mode not in MODES:
-      raise ValueError(f"mode is {self.mode!r}; one of {', '.join(MODES)}")
+      raise ValueError(f"attention.mode is {self.mode!r}; one of {', '.join(MODES)}")
     for name in ("k", "max_len"):
-      if getattr(self, name) < 1:
-        raise ValueError(f"{name} is {getattr(self, name)}; it must be 1 or more")
+      check_size(f"attention.{name}", getattr(self, name))
     if self.mixture and not self.dot_product:
       raise ValueError(
-        "mixture weighs synthesised scores and products, but dot_product is False: "
-        "set it to True, or mixture to False"
+        "attention.mixture weighs synthesised scores and products, but "
+        "attention.dot_product is False: set it to True, or mixture to False"
       )
 
   @nn.compact
